@@ -1,0 +1,92 @@
+"""Every error actcache raises on purpose.
+
+    ActcacheError
+    |-- UsageError            an argument cannot be used                 (also a ValueError)
+    |-- NotFoundError         a store, run, model or corpus is not there (also a FileNotFoundError)
+    |-- CorpusError           text that cannot be read or is too short   (also a ValueError)
+    |-- ModelError            a model whose blocks cannot be captured    (also a ValueError)
+    |-- PlanMismatchError     a store or run was made with other arguments (also a ValueError)
+    |-- CursorError           a cursor of another stream                 (also a ValueError)
+    |-- DamageError           bytes on disk are not what was committed   (also an OSError)
+    |-- UncommittedError      rows of a shard that is not committed      (also a LookupError)
+    |-- DiskFullError         the disk cannot hold what is to be written (also an OSError)
+    |-- NonFiniteError        NaN or infinity where numbers are needed   (also an ArithmeticError)
+    `-- MemoryBoundError      a memory bound that is too small           (also a MemoryError)
+
+A message says what is wrong with the value in question, where, what was expected, and what to do.
+`kind` is stable and append-only: scripts may match on it.
+"""
+
+from typing import ClassVar
+
+
+class ActcacheError(Exception):
+    """Base of all errors raised on purpose."""
+
+    kind: ClassVar[str] = "actcache"
+
+
+class UsageError(ActcacheError, ValueError):
+    """An argument cannot be used as given."""
+
+    kind = "usage"
+
+
+class NotFoundError(ActcacheError, FileNotFoundError):
+    """A store, run, model or corpus is not where it was said to be."""
+
+    kind = "not_found"
+
+
+class CorpusError(ActcacheError, ValueError):
+    """The corpus cannot be read, or holds fewer tokens than asked for."""
+
+    kind = "corpus"
+
+
+class ModelError(ActcacheError, ValueError):
+    """The model is of a family, or has a shape, whose blocks cannot be captured."""
+
+    kind = "model"
+
+
+class PlanMismatchError(ActcacheError, ValueError):
+    """What is on disk was made with other arguments; the message names each that differs."""
+
+    kind = "plan_mismatch"
+
+
+class CursorError(ActcacheError, ValueError):
+    """A cursor belongs to another stream; the message names each field that differs."""
+
+    kind = "cursor"
+
+
+class DamageError(ActcacheError, OSError):
+    """An object is missing, empty, truncated, altered or in another's place."""
+
+    kind = "damage"
+
+
+class UncommittedError(ActcacheError, LookupError):
+    """Rows were asked for whose shard is not committed."""
+
+    kind = "uncommitted"
+
+
+class DiskFullError(ActcacheError, OSError):
+    """The disk cannot hold what is to be written."""
+
+    kind = "disk_full"
+
+
+class NonFiniteError(ActcacheError, ArithmeticError):
+    """NaN or infinity among activations, a loss or a gradient."""
+
+    kind = "non_finite"
+
+
+class MemoryBoundError(ActcacheError, MemoryError):
+    """A memory bound is smaller than the order needs; the message states the minimum."""
+
+    kind = "memory_bound"
