@@ -1,4 +1,4 @@
-"""The nouns that travel between producer, reader and trainer: a batch of rows, and where batches come from.
+"""The nouns that travel between reader and trainer: a batch of rows, and where batches come from.
 
 Axes: b rows, d width. Torch is needed to hold a batch but not to import this module.
 """
@@ -6,28 +6,40 @@ Axes: b rows, d width. Torch is needed to hold a batch but not to import this mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Lookup = Callable[[str], Tensor]
 
-@dataclass(slots=True, eq=False)
+
 class Batch:
     """`b` activation rows with their provenance.
 
-    rows      [b, d] in the stream's dtype. The consumer owns it: it may write to it and keep it.
-    layer     [b] int64, the model's layer number of each row.
+    rows    [b, d] in the stream's dtype. The consumer owns it: it may write to it and keep it.
+    layer   [b] int64, the model's layer number of each row.
+
+    Where rows come from is looked up when asked for, so a consumer that never asks pays nothing:
+
     sequence  [b] int64, index into the store's `tokens`.
     position  [b] int64, position within the sequence.
+    token     [b] int64, the token id there.
+    document  [b] int64, the corpus document it came from.
     """
 
-    rows: Tensor
-    layer: Tensor
-    sequence: Tensor
-    position: Tensor
-    lookup: Callable[[str, Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
+    __slots__ = ("_lookup", "_position", "_sequence", "layer", "rows")
+
+    def __init__(
+        self,
+        rows: Tensor,
+        layer: Tensor,
+        sequence: Tensor | None = None,
+        position: Tensor | None = None,
+        lookup: Lookup | None = None,
+    ) -> None:
+        self.rows, self.layer = rows, layer
+        self._sequence, self._position, self._lookup = sequence, position, lookup
 
     def __len__(self) -> int:
         return int(self.rows.shape[0])
@@ -36,19 +48,33 @@ class Batch:
         return f"Batch(rows={tuple(self.rows.shape)} {self.rows.dtype} on {self.rows.device})"
 
     @property
+    def sequence(self) -> Tensor:
+        """[b] int64, index into the store's `tokens`."""
+        if self._sequence is None:
+            self._sequence = self._look_up("sequence")
+        return self._sequence
+
+    @property
+    def position(self) -> Tensor:
+        """[b] int64, position within the sequence."""
+        if self._position is None:
+            self._position = self._look_up("position")
+        return self._position
+
+    @property
     def token(self) -> Tensor:
-        """[b] int64, the token id at each row's position. Looked up when asked for."""
-        return self._look_up("tokens")
+        """[b] int64, the token id at each row's position."""
+        return self._look_up("token")
 
     @property
     def document(self) -> Tensor:
-        """[b] int64, the corpus document of each row. Looked up when asked for."""
+        """[b] int64, the corpus document of each row."""
         return self._look_up("document")
 
     def _look_up(self, name: str) -> Tensor:
-        if self.lookup is None:
+        if self._lookup is None:
             raise LookupError(f"this batch comes from a source that has no {name}; a store's stream has")
-        return self.lookup(name, self.sequence, self.position)
+        return self._lookup(name)
 
 
 @runtime_checkable

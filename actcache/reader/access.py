@@ -1,0 +1,309 @@
+"""The store as a reader sees it: `actcache.open(path)`."""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actcache.errors import UncommittedError, UsageError
+from actcache.reader.filters import limits_from_ratio
+from actcache.reader.provenance import Provenance
+from actcache.reader.stream import Delivery, Selection, Stream
+from actcache.store.arrays import MOMENTS
+from actcache.store.objects import open_objects
+from actcache.store.open import CaptureCatalog, Catalog
+from actcache.store.schema import Plan
+from actcache.store.statistics import Moments, merge
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+WINDOW_ROWS = 131_072
+PARTITIONS = 8
+
+Split = Literal["train", "holdout"]
+
+
+class LayerStatistics(NamedTuple):
+    """Statistics of one layer's kept rows in the committed shards of a split.
+
+    n_rows      count.
+    mean, variance, least, greatest  [d] float64, per dimension; the variance divides by n_rows.
+    norm_mean   mean Euclidean norm of a row.    norm_max  greatest.
+    """
+
+    n_rows: int
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+    least: NDArray[np.float64]
+    greatest: NDArray[np.float64]
+    norm_mean: float
+    norm_max: float
+
+
+class Store:
+    """A store opened for reading. Every byte is compared with the plan or the ledger before it is handed out."""
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self._catalog = Catalog(open_objects(location))
+        self._provenance = Provenance(self._catalog)
+
+    def __repr__(self) -> str:
+        grid = self.plan.grid
+        return (
+            f"Store({self.url!r}: {grid.n_sequences:,} sequences of {grid.seq_len}, hooks {list(self.hooks)}, "
+            f"{self.plan.request.model.name})"
+        )
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self._catalog.objects.url
+
+    @property
+    def plan(self) -> Plan:
+        """Everything that was decided before the first forward pass."""
+        return self._catalog.plan
+
+    @cached_property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of the captures."""
+        return tuple(sorted(self._catalog.captures))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's layer numbers in the only (or first) capture; `layers_of` for others."""
+        return self.layers_of(None)
+
+    def layers_of(self, hook: str | None) -> tuple[int, ...]:
+        """The model's layer numbers in one capture."""
+        return self._capture(hook).capture.layers
+
+    @property
+    def width(self) -> int:
+        """d of the only (or first) capture."""
+        return self._capture(None).capture.width
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the store, excluded ones counted, padding not."""
+        return int(self._catalog.shards.stored.sum())
+
+    @property
+    def n_kept(self) -> int:
+        """Tokens that are trained on and counted: rows per layer."""
+        return self.plan.n_kept
+
+    def committed(self, hook: str | None = None) -> list[int]:
+        """Committed shards of a capture, ascending."""
+        return self._capture(hook).committed()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every shard of every capture is committed."""
+        return all(len(self.committed(hook)) == self.plan.grid.n_shards for hook in self.hooks)
+
+    def _capture(self, hook: str | None) -> CaptureCatalog:
+        if hook is None:
+            hook = "resid_post" if "resid_post" in self._catalog.captures else self.hooks[0]
+        return self._catalog.capture(hook)
+
+    @cached_property
+    def tokens(self) -> NDArray[np.uint32]:
+        """[sequence, position] uint32: every token, read and checked once."""
+        return np.concatenate([self._catalog.plan_object("tokens", s) for s in range(self.plan.grid.n_shards)])
+
+    @cached_property
+    def document(self) -> NDArray[np.uint32]:
+        """[sequence, position] uint32: the corpus document of each token; 0xFFFFFFFF for padding."""
+        return np.concatenate([self._catalog.plan_object("document", s) for s in range(self.plan.grid.n_shards)])
+
+    @cached_property
+    def keep(self) -> NDArray[np.bool_]:
+        """[sequence, position] bool: whether a token is trained on and counted."""
+        return np.concatenate([self._catalog.plan_object("keep", s) for s in range(self.plan.grid.n_shards)])
+
+    def _shards(self, split: Split | None) -> range:
+        grid = self.plan.grid
+        if split is None:
+            return range(grid.n_shards)
+        if split not in ("train", "holdout"):
+            raise UsageError(f"split={split!r}: expected 'train' or 'holdout'")
+        return range(grid.n_holdout_shards) if split == "holdout" else range(grid.n_holdout_shards, grid.n_shards)
+
+    def stats(self, hook: str | None = None, split: Split | None = "train") -> dict[int, LayerStatistics]:
+        """Statistics of kept rows per layer, merged from the committed shards of a split (None: of both)."""
+        capture = self._capture(hook)
+        shards = sorted(set(capture.committed()) & set(self._shards(split)))
+        found: dict[int, LayerStatistics] = {}
+        moments = {s: capture.side("moments", s)[0] for s in shards}
+        totals = {s: capture.side("totals", s)[0] for s in shards}
+        for i, layer in enumerate(capture.capture.layers):
+            merged = Moments(0, *(np.zeros(capture.capture.width) for _ in MOMENTS[:2]), *(np.full(capture.capture.width, np.nan),) * 2)
+            for s in shards:
+                merged = merge(merged, Moments(int(totals[s][i, 0]), *moments[s][i]))
+            n = merged.n
+            norm_sum, norm_max = sum(t[i, 1] for t in totals.values()), max((t[i, 3] for t in totals.values()), default=0.0)
+            found[layer] = LayerStatistics(
+                n, merged.mean, merged.m2 / max(n, 1), merged.least, merged.greatest, float(norm_sum / max(n, 1)), float(norm_max)
+            )
+        return found
+
+    def read(
+        self,
+        *,
+        layer: int,
+        hook: str | None = None,
+        sequences: Sequence[int] | slice | int | None = None,
+        positions: Sequence[int] | slice | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Activations [q, t, d] of one layer, in sequence order, as stored unless `dtype` is given.
+
+        sequences, positions: an index, a slice, a list, or None for all. Only the chunks that hold them are read.
+
+        Raises:
+            UncommittedError: a sequence lies in a shard that is not committed.
+            DamageError: a chunk is not what was committed.
+            UsageError: an index is out of range, or names padding, which was never stored.
+        """
+        capture, grid = self._capture(hook), self.plan.grid
+        q, t = _indices(sequences, grid.n_sequences, "sequences"), _indices(positions, grid.seq_len, "positions")
+        spec = capture.arrays["rows"]
+        out = np.empty((len(q), len(t), capture.capture.width), spec.dtype)
+        layer_i = capture.layer_index(layer)
+        for shard in np.unique(q // grid.sequences_per_shard):
+            at = np.flatnonzero(q // grid.sequences_per_shard == shard)
+            rows = self._provenance.rows_of(int(shard))[q[at] - grid.sequences_of(int(shard)).start][:, t]
+            if (rows < 0).any():
+                raise UsageError(f"sequences {q[at][(rows < 0).any(1)].tolist()} hold padding at those positions; see .document")
+            out[at] = self._rows(capture, int(shard), layer_i, rows.reshape(-1)).reshape(len(at), len(t), -1)
+        tensor = torch.from_numpy(out)
+        tensor = tensor.view(torch.bfloat16) if capture.capture.dtype == "bfloat16" else tensor
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def _rows(self, capture: CaptureCatalog, shard: int, layer_i: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of one shard by their number within it."""
+        reader, r = capture.reader(shard), self.plan.grid.rows_per_chunk
+        out = np.empty((len(rows), capture.capture.width), capture.arrays["rows"].dtype)
+        chunk_of = rows // r
+        for chunk in np.unique(chunk_of):
+            at = chunk_of == chunk
+            out[at] = reader.read(layer_i, int(chunk))[rows[at] - chunk * r]
+        return out
+
+    def stream(
+        self,
+        *,
+        batch_size: int = 8192,
+        hook: str | None = None,
+        layers: Sequence[int] | None = None,
+        split: Split = "train",
+        seed: int = 0,
+        epochs: int | None = 1,
+        window_rows: int = WINDOW_ROWS,
+        partitions: int = PARTITIONS,
+        outlier_norm_ratio: float | None = None,
+        drop_last: bool = False,
+        memory: int | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Stream:
+        """Shuffled batches of token x layer rows, in an order that nothing but these arguments can change.
+
+        batch_size          rows per batch, over all ranks.
+        layers              the model's layer numbers; None: all that are stored.
+        split               "train" or "holdout".      seed  of the order.     epochs  None goes on for ever.
+        window_rows         rows shuffled together; more is better mixed and takes more memory.
+        partitions          what ranks share out: world_size must divide it.
+        outlier_norm_ratio  drop rows whose norm exceeds this many times their layer's median.
+        drop_last           leave out a short last batch of an epoch.
+        memory              bound in bytes; it suffices, or is refused with the least that would.
+        threads             that read and decode; None: 2, or 1 on a single core.
+
+        Raises:
+            UncommittedError: the store is not finished. UsageError: an argument cannot be used.
+        """
+        capture = self._capture(hook)
+        selected = tuple(sorted(layers)) if layers is not None else capture.capture.layers
+        for layer in selected:
+            capture.layer_index(layer)
+        _check_positive(batch_size=batch_size, window_rows=window_rows, partitions=partitions, world_size=world_size)
+        if not selected or len(set(selected)) != len(selected):
+            raise UsageError(f"layers={layers!r}: expected distinct layers among {list(capture.capture.layers)}")
+        if partitions % world_size or not 0 <= rank < world_size:
+            raise UsageError(f"rank {rank} of {world_size}: world_size must divide partitions={partitions}")
+        missing = sorted(set(self._shards(split)) - set(capture.committed()))
+        if missing:
+            raise UncommittedError(
+                f"{len(missing)} of {len(self._shards(split))} {split} shards of {capture.capture.name} in {self.url} "
+                f"are not committed yet (the first is {missing[0]}). Finish the build first: run the same command again."
+            )
+        kept = self._catalog.shards.kept
+        limits = (
+            None
+            if outlier_norm_ratio is None
+            else limits_from_ratio(capture, kept, self._shards("train"), selected, outlier_norm_ratio)
+        )
+        return Stream(
+            capture,
+            self._provenance,
+            Selection(
+                layers=selected,
+                split=split,
+                seed=seed,
+                batch_size=batch_size,
+                window_rows=window_rows,
+                partitions=partitions,
+                norm_limits=limits,
+                drop_last=drop_last,
+            ),
+            Delivery(
+                epochs=epochs,
+                threads=threads or min(2, os.cpu_count() or 1),
+                memory_bytes=memory,
+                dtype=dtype,
+                device=device,
+                rank=rank,
+                world_size=world_size,
+            ),
+            kept,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: "type[BaseException] | None", value: BaseException | None, tb: "TracebackType | None"
+    ) -> None:
+        """Nothing is held open; `with` is allowed because people expect it."""
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UsageError(f"{name}={value}: expected at least 1")
+
+
+def _indices(chosen: Sequence[int] | slice | int | None, n: int, name: str) -> NDArray[np.int64]:
+    """Indices below `n`, negative ones counted from the end."""
+    everything = np.arange(n)
+    if chosen is None:
+        return everything
+    try:
+        return np.atleast_1d(everything[chosen if isinstance(chosen, slice | int) else np.asarray(chosen, np.int64)])
+    except IndexError as error:
+        raise UsageError(f"{name}={chosen!r} is out of range: there are {n}") from error
+
+
+def open_store(location: str | os.PathLike[str]) -> Store:
+    """Open a store for reading: a local folder or any fsspec URL (s3://, gs://, https://, memory://)."""
+    return Store(location)

@@ -1,0 +1,127 @@
+"""The order of rows: a pure function of what was selected, a seed, the epoch and the window. No files, no clocks.
+
+    chunks of each layer, in a keyed pseudo-random order      (Feistel: O(1) memory at any size)
+      -> windows of at most `groups` chunks from every layer  (equal sizes; each layer equally present)
+      -> dealt to P partitions                                (what a rank reads)
+      -> rows of each partition permuted by a keyed hash
+      -> merged: row j of a partition of n rows at virtual time (j + 1/2) / n, ties by partition
+
+Threads, memory, read-ahead, ranks and restarts appear nowhere here, so they cannot change it.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.store import keyed
+
+I64 = NDArray[np.int64]
+
+
+class ChunkList(NamedTuple):
+    """The chunks of one layer that hold kept rows; the same list for every layer.
+
+    shard, chunk, n_rows  [c]: where each lies and how many kept rows it holds (they come first in it).
+    """
+
+    shard: I64
+    chunk: I64
+    n_rows: I64
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+def list_chunks(shards: I64, kept: I64, rows_per_chunk: int) -> ChunkList:
+    """Chunks of `shards`, whose kept rows are `kept` [shard]."""
+    per_shard = -(-kept // rows_per_chunk)
+    shard = np.repeat(shards, per_shard)
+    first = np.repeat(np.cumsum(per_shard) - per_shard, per_shard)
+    chunk = np.arange(len(shard), dtype=np.int64) - first
+    n_rows = np.minimum(rows_per_chunk, np.repeat(kept, per_shard) - chunk * rows_per_chunk)
+    return ChunkList(shard, chunk, n_rows)
+
+
+class Members(NamedTuple):
+    """The chunks of one window, in the order in which their rows are counted.
+
+    layer_i    [m] index among the selected layers.
+    index      [m] index into the ChunkList.
+    partition  [m] in 0..P-1.
+    """
+
+    layer_i: I64
+    index: I64
+    partition: I64
+
+
+class GlobalOrder:
+    """The `global` order of one epoch.
+
+    n_chunks  chunks per layer.  n_layers  layers streamed side by side.
+    groups    the most chunks of each layer in a window; an epoch is cut into windows as equal as can be.
+    """
+
+    def __init__(self, *, seed: int, epoch: int, n_chunks: int, n_layers: int, groups: int, partitions: int) -> None:
+        self.n_chunks, self.n_layers, self.groups, self.partitions = n_chunks, n_layers, groups, partitions
+        self._key = keyed.derive(seed, "global", epoch)
+
+    @property
+    def n_windows(self) -> int:
+        """Windows of an epoch."""
+        return -(-self.n_chunks // self.groups)
+
+    def members(self, window: int) -> Members:
+        """Which chunks a window holds, and who reads each."""
+        slots = np.arange(window * self.n_chunks // self.n_windows, (window + 1) * self.n_chunks // self.n_windows)
+        index = [
+            keyed.feistel(keyed.derive(self._key, "chunk", layer_i), slots, self.n_chunks)
+            for layer_i in range(self.n_layers)
+        ]
+        n = len(slots) * self.n_layers
+        dealt = np.empty(n, dtype=np.int64)
+        dealt[keyed.permutation(keyed.derive(self._key, "deal", window), n)] = np.arange(n) % self.partitions
+        layer_i = np.repeat(np.arange(self.n_layers, dtype=np.int64), len(slots))
+        return Members(layer_i, np.concatenate(index), dealt)
+
+    def key_of(self, window: int) -> int:
+        """The key under which the rows of a window are permuted."""
+        return keyed.derive(self._key, "rows", window)
+
+
+class Arrangement(NamedTuple):
+    """Where the rows of a window go.
+
+    slot       [n] slot of each row, rows counted member after member.
+    partition  [n] partition of the row in each slot.
+    """
+
+    slot: I64
+    partition: NDArray[np.int16]
+
+
+def arrange(key: int, n_rows: I64, partition: I64, partitions: int) -> Arrangement:
+    """Permute the rows of each partition and merge the partitions by virtual time. O(n log n), no Python per row."""
+    total = int(n_rows.sum())
+    row_partition = np.repeat(partition, n_rows).astype(np.int64)
+    # Hash in the upper bits, partition above it, row number below: unique keys, so any sort gives the same answer.
+    row_bits, partition_bits = max(1, total.bit_length()), max(1, partitions.bit_length())
+    hash_bits = 64 - row_bits - partition_bits
+    rows = np.arange(total, dtype=np.uint64)
+    hashed = keyed.hash_u64(key, rows) >> np.uint64(64 - hash_bits)
+    sort_key = row_partition.astype(np.uint64) << np.uint64(64 - partition_bits)
+    sort_key = np.sort(sort_key | (hashed << np.uint64(row_bits)) | rows)
+    by_partition = (sort_key & np.uint64((1 << row_bits) - 1)).astype(np.int64)
+    counts = np.bincount(row_partition, minlength=partitions)
+    rank = np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    time = (2 * rank + 1) / np.repeat(2 * counts, counts)
+    merged = np.argsort(time, kind="stable")
+    slot: NDArray[Any] = np.empty(total, dtype=np.int64)
+    slot[by_partition[merged]] = np.arange(total)
+    return Arrangement(slot, np.repeat(np.arange(partitions, dtype=np.int16), counts)[merged])
+
+
+def groups_of(window_rows: int, n_layers: int, rows_per_chunk: int, n_chunks: int) -> int:
+    """Chunks of each layer in a window of `window_rows` rows, rounded up (or all there are)."""
+    return min(n_chunks, max(1, -(-window_rows // (n_layers * rows_per_chunk))))

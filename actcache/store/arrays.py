@@ -1,0 +1,171 @@
+"""Every array of a store: its shape, chunks, dtype and codec, in one table.
+
+`plan_arrays` and `capture_arrays` are the whole layout. From an `ArraySpec` come the Zarr metadata (written by
+zarr-python itself), the key of each object, and the object's bytes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numcodecs
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.store.codec import CRC_BYTES, Codec, crc32c, with_trailer
+from actcache.store.schema import LEDGER_GENERATIONS, Capture, Grid
+
+BF16_HOLE = 0x7FC1
+"""Fill value of bfloat16 bits: a NaN no arithmetic produces, so that a hole can never pass for data."""
+NO_DOCUMENT = 0xFFFFFFFF
+"""Document, sequence and position of padding."""
+SHARDS_PER_RECORD_OBJECT = 4096
+
+MOMENTS = ("mean", "sum_squared_deviations", "min", "max")
+TOTALS = ("n_rows", "norm_sum", "norm_sum_squares", "norm_max")
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One Zarr array: `chunk` is the shape of an object; `inner` that of the chunks inside a sharded one."""
+
+    path: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dims: tuple[str, ...]
+    dtype: np.dtype[Any] | None  # None: strings
+    fill: Any
+    codec_name: str = "zstd"
+    inner: tuple[int, ...] | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of one chunk (of one inner chunk where sharded)."""
+        assert self.dtype is not None
+        return Codec(self.codec_name, self.dtype, math.prod(self.inner or self.chunk))
+
+    def key(self, *chunk: int) -> str:
+        """Key of the object that holds chunk number `chunk`."""
+        return f"{self.path}/c.{'.'.join(str(i) for i in chunk)}"
+
+    def encode(self, values: NDArray[Any]) -> bytes:
+        """The bytes of one unsharded object; a short edge is padded with the fill value."""
+        if values.shape != self.chunk:
+            whole = np.full(self.chunk, self.fill, dtype=self.dtype)
+            whole[tuple(slice(0, n) for n in values.shape)] = values
+            values = whole
+        return with_trailer(*self.codec.encode(values))
+
+    def decode(self, data: bytes) -> NDArray[Any]:
+        """The numbers of one unsharded object, shape `chunk`; ValueError says what is wrong."""
+        body = memoryview(data)[:-CRC_BYTES]
+        if len(data) <= CRC_BYTES or crc32c(body) != int.from_bytes(data[-CRC_BYTES:], "little"):
+            raise ValueError("its crc32c does not match its bytes")
+        out = np.empty(self.chunk, dtype=self.dtype)
+        problem = self.codec.decode_into(body, out)
+        if problem:
+            raise ValueError(problem)
+        return out
+
+
+def encode_strings(texts: Sequence[str]) -> bytes:
+    """The bytes of an object of a Zarr `string` array (vlen-utf8)."""
+    return bytes(numcodecs.VLenUTF8().encode(np.array(list(texts), dtype=object)))
+
+
+def decode_strings(data: bytes) -> list[str]:
+    """The strings of an object; ValueError where the bytes are not such an object."""
+    if len(data) < 4:
+        raise ValueError(f"{len(data)} bytes cannot be a string object")
+    try:
+        return [str(text) for text in numcodecs.VLenUTF8().decode(data)]
+    except (UnicodeDecodeError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def disk_dtype(logical: str) -> np.dtype[Any]:
+    """The dtype on disk of a logical dtype: bfloat16 is its bits."""
+    return np.dtype({"bfloat16": "<u2", "float16": "<f2", "float32": "<f4"}[logical])
+
+
+def plan_arrays(grid: Grid) -> dict[str, ArraySpec]:
+    """The arrays every capture shares, one object per shard (the last: one per 4,096 shards)."""
+    u4, per_sequence = np.dtype("<u4"), (grid.n_sequences, grid.seq_len)
+    sequences, dims = (grid.sequences_per_shard, grid.seq_len), ("sequence", "position")
+    rows, per_shard = (grid.n_rows,), (grid.rows_per_shard,)
+    shards = (grid.n_shards,)
+    return {
+        "tokens": ArraySpec("tokens", per_sequence, sequences, dims, u4, 0),
+        "document": ArraySpec("document", per_sequence, sequences, dims, u4, NO_DOCUMENT),
+        "keep": ArraySpec("keep", per_sequence, sequences, dims, np.dtype(np.bool_), False),
+        "row_sequence": ArraySpec("row_sequence", rows, per_shard, ("row",), u4, NO_DOCUMENT),
+        "row_position": ArraySpec("row_position", rows, per_shard, ("row",), u4, NO_DOCUMENT),
+        "shards": ArraySpec("shards", shards, (SHARDS_PER_RECORD_OBJECT,), ("shard",), None, ""),
+    }
+
+
+PER_SHARD_PLAN_ARRAYS = ("tokens", "document", "keep", "row_sequence", "row_position")
+
+
+def capture_arrays(grid: Grid, capture: Capture) -> dict[str, ArraySpec]:
+    """The arrays of one capture: the rows, and what is small beside them."""
+    root, n_layers, width = f"acts/{capture.name}", len(capture.layers), capture.width
+    dtype = disk_dtype(capture.dtype)
+    f8, n_shards = np.dtype("<f8"), grid.n_shards
+    return {
+        "rows": ArraySpec(
+            f"{root}/rows",
+            (n_layers, grid.n_rows, width),
+            (n_layers, grid.rows_per_shard, width),
+            ("layer", "row", "width"),
+            dtype,
+            BF16_HOLE if capture.dtype == "bfloat16" else float("nan"),
+            capture.codec,
+            inner=(1, grid.rows_per_chunk, width),
+            attributes={"actcache": {"dtype": capture.dtype}},
+        ),
+        "norm": ArraySpec(
+            f"{root}/norm",
+            (n_layers, grid.n_rows),
+            (n_layers, grid.rows_per_shard),
+            ("layer", "row"),
+            np.dtype("<f4"),
+            float("nan"),
+        ),
+        "moments": ArraySpec(
+            f"{root}/moments",
+            (n_shards, n_layers, len(MOMENTS), width),
+            (1, n_layers, len(MOMENTS), width),
+            ("shard", "layer", "moment", "width"),
+            f8,
+            float("nan"),
+            attributes={"actcache": {"moments": list(MOMENTS)}},
+        ),
+        "totals": ArraySpec(
+            f"{root}/totals",
+            (n_shards, n_layers, len(TOTALS)),
+            (1, n_layers, len(TOTALS)),
+            ("shard", "layer", "total"),
+            f8,
+            float("nan"),
+            attributes={"actcache": {"totals": list(TOTALS)}},
+        ),
+        "layer": ArraySpec(
+            f"{root}/layer", (n_layers,), (n_layers,), ("layer",), np.dtype("<u4"), NO_DOCUMENT
+        ),
+        "ledger": ArraySpec(
+            f"{root}/ledger", (LEDGER_GENERATIONS, n_shards), (1, 1), ("generation", "shard"), None, ""
+        ),
+    }
+
+
+SIDE_ARRAYS = ("norm", "moments", "totals")
+"""The arrays of a capture with one object per shard that the ledger covers beside the rows."""
+
+
+def side_key(spec: ArraySpec, shard: int) -> str:
+    """Key of a side array's object for one shard."""
+    trailing = len(spec.shape) - 1
+    return spec.key(0, shard) if spec.dims[0] == "layer" else spec.key(shard, *(0,) * trailing)

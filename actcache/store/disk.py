@@ -1,0 +1,221 @@
+"""Durable writing on a local disk: objects appear whole under their name, once, or not at all.
+
+An object is written under a temporary name, synced, then hard-linked to its final name: `link` fails when the name
+is taken, so nothing is ever replaced. Temporary files live in a workspace that holds a lock while its process
+lives; whoever finds a workspace without a holder removes it. Every step that touches the disk is announced to
+`on_operation` first, so that tests can stop the world before any of them.
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from actcache.errors import DiskFullError, UsageError
+
+WORK_DIR = ".partial"
+_LOCK = "lock"
+
+
+def _sync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _try_lock(lock: Path) -> int | None:
+    """Lock `lock` and return its descriptor; None when a living process holds it or it is gone."""
+    try:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_ino == lock.stat().st_ino:
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return None
+
+
+class Writer:
+    """One object being written under its temporary name. `commit` gives it its final name."""
+
+    def __init__(self, disk: "Disk", key: str) -> None:
+        self._disk, self._key = disk, key
+        self._temporary = disk.workspace / f"{secrets.token_hex(8)}.partial"
+        disk.announce("open", key)
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self.n_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes; DiskFullError when there is no room."""
+        self._disk.announce("write", self._key)
+        view = memoryview(data).cast("B")
+        self.n_bytes += len(view)
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except OSError as error:
+                raise _explained(error, self._disk.root / self._key) from error
+
+    def commit(self) -> bool:
+        """Sync and link to the final name; False when that name is taken (nothing is replaced)."""
+        final = self._disk.root / self._key
+        try:
+            self._disk.announce("fsync", self._key)
+            os.fsync(self._fd)
+            self._disk.announce("link", self._key)
+            os.link(self._temporary, final)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise _explained(error, final) from error
+        self._disk.announce("fsync directory", self._key)
+        _sync_dir(final.parent)
+        return True
+
+    def close(self) -> None:
+        """Remove the temporary name. Called whatever happened."""
+        os.close(self._fd)
+        self._disk.announce("unlink", self._key)
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _explained(error: OSError, path: Path) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            f"no room left on the disk while writing {path}: nothing committed is lost and nothing half-written is "
+            f"visible. Make room, then run the same command again: it continues."
+        )
+    if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+        return UsageError(
+            f"the file system of {path} cannot create hard links ({error.strerror}), which exclusive, atomic "
+            f"commits need. Put the store on a local disk (ext4, xfs, btrfs, apfs) or an NFS mount that has them."
+        )
+    return error
+
+
+class Disk:
+    """The only thing that changes a store. Hold it in a `with` block: its workspace is locked meanwhile.
+
+    on_operation(name, key) is called before every step that changes the disk.
+    """
+
+    def __init__(self, root: Path, on_operation: Callable[[str, str], None] | None = None) -> None:
+        self.root = root
+        self._on_operation = on_operation
+        self.nonce = secrets.token_hex(8)
+        self.workspace = root / WORK_DIR / self.nonce
+        self._lock_fd: int | None = None
+
+    def announce(self, operation: str, key: str) -> None:
+        """Called before each step that changes the disk."""
+        if self._on_operation is not None:
+            self._on_operation(operation, key)
+
+    def __enter__(self) -> Self:
+        self.announce("mkdir", WORK_DIR)
+        while self._lock_fd is None:  # another process may sweep the folder between the two steps
+            self.workspace.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = _try_lock(self.workspace / _LOCK)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        assert self._lock_fd is not None
+        os.close(self._lock_fd)
+        self._lock_fd = None
+        self.announce("remove workspace", WORK_DIR)
+        shutil.rmtree(self.workspace, ignore_errors=True)
+        _remove_if_empty(self.root / WORK_DIR)
+
+    def sweep(self) -> int:
+        """Remove the workspaces of dead processes; returns how many. Those of living ones are left alone."""
+        n_swept = 0
+        for other in sorted((self.root / WORK_DIR).glob("*")):
+            if other != self.workspace and is_abandoned(other):
+                self.announce("sweep", other.name)
+                shutil.rmtree(other, ignore_errors=True)
+                n_swept += 1
+        return n_swept
+
+    def makedirs(self, key: str) -> None:
+        """Create the folder `key` and its parents, durably."""
+        path = self.root / key
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        for folder in reversed(missing):
+            self.announce("mkdir", key)
+            folder.mkdir(exist_ok=True)
+            _sync_dir(folder.parent)
+
+    def create(self, key: str, data: bytes | Iterable[bytes]) -> bool:
+        """Create one object exclusively and durably; False when it is there already."""
+        with Writer(self, key) as writer:
+            for part in [data] if isinstance(data, bytes) else data:
+                writer.write(part)
+            return writer.commit()
+
+    def remove(self, key: str) -> None:
+        """Remove an object that no commit covers."""
+        self.announce("remove", key)
+        (self.root / key).unlink()
+        _sync_dir((self.root / key).parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+
+
+def is_abandoned(workspace: Path) -> bool:
+    """Whether no living process holds this workspace."""
+    fd = _try_lock(workspace / _LOCK)
+    if fd is None:
+        return not workspace.exists()
+    os.close(fd)
+    return True
+
+
+def publish(staged: Disk, final: Path) -> None:
+    """Give a staged folder its final name in one step; FileExistsError when the name is taken.
+
+    The workspace inside moves along and stays locked, so nobody takes the folder for abandoned meanwhile.
+    """
+    staged.announce("rename", final.name)
+    try:
+        staged.root.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(final) from error
+        raise _explained(error, final) from error
+    staged.root, staged.workspace = final, final / WORK_DIR / staged.nonce
+    staged.announce("fsync directory", final.name)
+    _sync_dir(final.parent)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes a user may still write to the disk that holds `path` (which need not exist yet)."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,143 @@
+"""Checking a store, byte by byte, against its plan and ledger. Finds every problem, not just the first."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from actcache.errors import ActcacheError
+from actcache.store.arrays import PER_SHARD_PLAN_ARRAYS, SIDE_ARRAYS, side_key
+from actcache.store.codec import CRC_BYTES, crc32c
+from actcache.store.objects import Objects
+from actcache.store.open import Catalog, CaptureCatalog, object_problem
+from actcache.store.schema import ShardRecord
+from actcache.store.shard import Chunks
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: which object, and what about it."""
+
+    object: str
+    what: str
+
+
+def _check_object(objects: Objects, key: str, expected: tuple[int, int]) -> Iterator[Problem]:
+    try:
+        what = object_problem(objects.read(key), expected)
+    except FileNotFoundError:
+        what = "is missing"
+    if what:
+        yield Problem(key, what)
+
+
+def _check_metadata(objects: Objects, key: str, digest: str) -> Iterator[Problem]:
+    try:
+        found = hashlib.sha256(objects.read(key)).hexdigest()
+    except FileNotFoundError:
+        yield Problem(key, "is missing")
+        return
+    if found != digest:
+        yield Problem(key, "was altered: other readers would see another array than was written")
+
+
+def _check_rows(capture: CaptureCatalog, shard: int, record: ShardRecord) -> Iterator[Problem]:
+    """Every chunk of a shard object and its index, in one pass over its bytes."""
+    spec = capture.arrays["rows"]
+    assert spec.inner is not None
+    key = spec.key(0, shard, 0)
+    chunks = Chunks.from_table(record.chunks, len(capture.capture.layers))
+    try:
+        data = capture.objects.read(key)
+    except FileNotFoundError:
+        yield Problem(key, "is missing")
+        return
+    if len(data) != record.rows_bytes:
+        yield Problem(key, f"holds {len(data)} bytes where {record.rows_bytes} were committed")
+    for at, start in np.ndenumerate(chunks.offset):
+        end = int(start) + int(chunks.length[at])
+        body, trailer = data[int(start) : end - CRC_BYTES], data[end - CRC_BYTES : end]
+        crc = int(chunks.crc[at])
+        if crc32c(body) != crc or trailer != crc.to_bytes(CRC_BYTES, "little"):
+            layer = capture.capture.layers[at[0]]
+            yield Problem(key, f"chunk {at[1]} of layer {layer} does not match the crc32c in the ledger")
+    index = chunks.index_bytes(spec.chunk[1] // spec.inner[1])
+    if data[record.rows_bytes - len(index) : record.rows_bytes] != index:
+        yield Problem(key, "its index is not the one that was committed")
+
+
+def _check_shard(capture: CaptureCatalog, shard: int) -> list[Problem]:
+    key = capture.arrays["ledger"].key(0, shard)
+    try:
+        record = capture.record(shard)
+    except ActcacheError as error:
+        return [Problem(key, str(error))]
+    problems = list(_check_rows(capture, shard, record))
+    for name in SIDE_ARRAYS:
+        problems += _check_object(capture.objects, side_key(capture.arrays[name], shard), record.side[name])
+    return problems
+
+
+def _check_capture(capture: CaptureCatalog) -> Iterator[Problem]:
+    """What no record of a single shard covers: the layer numbers, and rows that nothing commits."""
+    spec = capture.arrays["layer"]
+    try:
+        layers = spec.decode(capture.objects.read(spec.key(0))).tolist()
+        if tuple(layers) != capture.capture.layers:
+            yield Problem(spec.key(0), f"holds layers {layers} where {list(capture.capture.layers)} were captured")
+    except FileNotFoundError:
+        yield Problem(spec.key(0), "is missing")
+    except ValueError as error:
+        yield Problem(spec.key(0), f"cannot be decoded: {error}")
+    committed = set(capture.committed())
+    on_disk = set(capture.objects.names(capture.arrays["rows"].path))
+    for shard in range(capture.plan.grid.n_shards):
+        key = capture.arrays["rows"].key(0, shard, 0)
+        if shard not in committed and key.rsplit("/", 1)[1] in on_disk:
+            yield Problem(
+                capture.arrays["ledger"].key(0, shard),
+                f"is missing although {key} is there: a build was stopped at this shard (running it again mends "
+                f"this), or the record was lost",
+            )
+
+
+def find_problems(catalog: Catalog, threads: int, on_shard: Callable[[], None] = lambda: None) -> list[Problem]:
+    """Every problem of a store that opens; empty when every committed byte is what was committed.
+
+    Reads everything once. `on_shard` is called after each shard of each capture, and after each of the plan's.
+    """
+    problems: list[Problem] = []
+    objects = catalog.objects
+    for path, digest in catalog.plan.metadata.items():
+        problems += _check_metadata(objects, f"{path}/zarr.json", digest)
+    try:
+        planned = catalog.shards.records
+    except ActcacheError as error:
+        return [*problems, Problem("shards", str(error))]
+    try:
+        captures = list(catalog.captures.values())
+    except ActcacheError as error:
+        problems.append(Problem("acts", str(error)))
+        captures = []
+
+    def check_plan(shard: int) -> list[Problem]:
+        found: list[Problem] = []
+        for name in PER_SHARD_PLAN_ARRAYS:
+            spec = catalog.arrays[name]
+            key = spec.key(shard, *(0,) * (len(spec.shape) - 1))
+            found += _check_object(objects, key, planned[shard].objects[name])
+        return found
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="actcache-verify") as pool:
+        for found in pool.map(check_plan, range(catalog.grid.n_shards)):
+            problems += found
+            on_shard()
+        for capture in captures:
+            problems += _check_capture(capture)
+            for path, digest in capture.capture.metadata.items():
+                problems += _check_metadata(objects, f"acts/{capture.capture.name}/{path}/zarr.json", digest)
+            for found in pool.map(_check_shard, [capture] * len(capture.committed()), capture.committed()):
+                problems += found
+                on_shard()
+    return problems
