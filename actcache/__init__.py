@@ -24,7 +24,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
 
-def open(location: "str | os.PathLike[str]") -> "Store":  # noqa: A001 - actcache.open(path) is what people type
+def open(location: "str | os.PathLike[str]") -> "Store":
     """Open a store for reading: a local folder or any fsspec URL.
 
     Raises:

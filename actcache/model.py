@@ -301,7 +301,8 @@ def load_model(
             "their index) beside config.json; convert other formats with save_pretrained(safe_serialization=True)"
         ) from error
     causal_lm, report = loaded
-    lacking = sorted([*report["missing_keys"], *(name for name, *_shapes in report["mismatched_keys"])])
+    mismatched = (key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
+    lacking = sorted([*report["missing_keys"], *mismatched])
     if lacking:
         raise ModelError(
             f"{source}: {len(lacking)} parameters are not in the weights or have another shape there, such as "
@@ -322,7 +323,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     expected = "Expected tokenizer.json and tokenizer_config.json; name a folder or model that has them"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         kind = ModelError if Path(source).is_dir() else NotFoundError
         raise kind(f"{source}: no tokenizer can be loaded: {_first_line(error)} {expected}") from error
     if tokenizer.vocab_size <= len(

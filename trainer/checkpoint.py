@@ -169,7 +169,7 @@ def load_sae(run_dir: Path | str, *, device: torch.device | str = "cpu") -> Trai
     )
     hint = "restore it from a copy, or train again"
     weights = _read_tensors(root / "sae.safetensors", document["digest"], torch.device(device), hint)
-    config = TrainConfig.model_validate_json(json.dumps(document["config"]))
+    config = TrainConfig.model_validate(document["config"])
     n_latents, width = weights["w_enc"].shape
     sae = TopKSAE(width, n_latents, config.k, generator=torch.Generator())
     sae.load_state_dict(weights)

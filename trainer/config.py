@@ -10,13 +10,14 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Layers = Annotated[tuple[int, ...], Field(strict=False)]  # a list will do; its items must be integers
+Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
 
 
 class TrainConfig(BaseModel):
     """Everything that decides what a run computes, apart from its rows.
 
     A run's length is part of it: the learning rate decays towards the end, and the last batch is cut there.
-    Lists in JSON become tuples through `model_validate_json`; from Python give tuples.
 
     Attributes:
         layers: the model's layer numbers the rows come from, ascending. None: all that the source has.
@@ -48,7 +49,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     expansion: Count = 16
     n_latents: Count | None = None
     k: Count = 32
@@ -62,7 +63,7 @@ class TrainConfig(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay_frac: Fraction = 0.2
     clip_norm: Positive | None = 1.0
-    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
+    adam_betas: Betas = (0.9, 0.999)
     adam_eps: Positive = 6.25e-10
     dead_after_tokens: Count = 10_000_000
     seed: Annotated[int, Field(ge=0)] = 0

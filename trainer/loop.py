@@ -148,7 +148,6 @@ class _Run:
         self._line_rows = state.rows
         self._line_at = perf_counter()
         self._line_waited = self.waited_before
-        self._norm = 0.0
 
     def go(self, stop: Callable[[], bool]) -> Literal["finished", "stopped"]:
         config, state = self.state.config, self.state
@@ -193,7 +192,7 @@ class _Run:
         state = self.state
         saved = self.folder.steps()
         left = f"The checkpoint of step {saved[-1]} is kept" if saved else "No checkpoint had been saved yet"
-        sums, self._norm = state.advance(batch, left)
+        sums, norm = state.advance(batch, left)
         if self.on_step is not None:
             self.on_step(
                 StepReport(
@@ -202,7 +201,7 @@ class _Run:
                     rows_total=state.config.rows,
                     loss=sums.loss,
                     aux_loss=sums.aux_loss,
-                    grad_norm=self._norm,
+                    grad_norm=norm,
                     n_dead=len(state.dead.dead()),
                     step_s=perf_counter() - began,
                     waited_s=self.source.waited_s(),
@@ -219,8 +218,6 @@ class _Run:
                 "rows": state.rows,
                 **state.close_interval(),
                 "dead_frac": len(state.dead.dead()) / state.model.n_latents,
-                "grad_norm": self._norm,
-                "lr": state.optimizer.param_groups[0]["lr"],
                 "rows_per_s": (state.rows - self._line_rows) / elapsed,
                 "waited_s": waited - self._line_waited,
                 "waited_frac": (waited - self._line_waited) / elapsed,

@@ -23,6 +23,8 @@ class Interval:
     loss: float = 0.0
     aux_loss: float = 0.0
     n_active: int = 0
+    grad_norm: float = 0.0
+    lr: float = 0.0
     n_rows: list[int] = field(default_factory=list)
     residual: list[float] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
@@ -32,13 +34,14 @@ class Interval:
         self.residual = self.residual or [0.0] * self.n_layers
         self.total = self.total or [0.0] * self.n_layers
 
-    def add(self, sums: StepSums) -> None:
-        """Count one step, weighted by its rows."""
+    def add(self, sums: StepSums, *, grad_norm: float, lr: float) -> None:
+        """Count one step, weighted by its rows; norm and learning rate are kept of the last one."""
         rows = int(sums.n_rows.sum())
         self.steps += 1
         self.loss += sums.loss * rows
         self.aux_loss += sums.aux_loss * rows
         self.n_active += sums.n_active
+        self.grad_norm, self.lr = grad_norm, lr
         self.n_rows = [a + b for a, b in zip(self.n_rows, sums.n_rows.tolist(), strict=True)]
         self.residual = [a + b for a, b in zip(self.residual, sums.residual.tolist(), strict=True)]
         self.total = [a + b for a, b in zip(self.total, sums.total.tolist(), strict=True)]
@@ -51,6 +54,8 @@ class Interval:
                    first window's mean of each dimension. Not held out: for watching a run, not for reporting. Null for a
                    layer without rows.
         l0         mean number of activations above 1e-3 per row.
+        grad_norm  of the last step, after projection and before clipping.
+        lr         of the last step.
         """
         rows = sum(self.n_rows)
         fvu = [r / t if t > 0 else None for r, t in zip(self.residual, self.total, strict=True)]
@@ -59,6 +64,8 @@ class Interval:
             "aux_loss": self.aux_loss / rows,
             "train_fvu": {str(layer): value for layer, value in zip(layers, fvu, strict=True)},
             "l0": self.n_active / rows,
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
         }
 
 

@@ -127,12 +127,13 @@ class TrainState:
             self.model, batch, self.layers, self.window, self.dead.dead(), self.config
         )
         check_finite(sums.loss + sums.aux_loss, "the loss", number, batch, after_failure)
+        lr = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = lr
         norm = apply_gradients(self.model, self.optimizer, self.config.clip_norm)
         check_finite(norm, "the gradient's norm", number, batch, after_failure)
         self.dead.update(sums.active, len(batch))
-        self.interval.add(sums)
+        self.interval.add(sums, grad_norm=norm, lr=lr)
         self.step = number
         self.rows += len(batch)
         return sums, norm

@@ -1,0 +1,1 @@
+"""From text to a store: corpus, tokens, plan, forward passes."""

@@ -32,7 +32,7 @@ from actcache.store.disk import Disk
 from actcache.store.ledger import ShardCommitter
 from actcache.store.mixing import Mixed, mix
 from actcache.store.objects import LocalObjects
-from actcache.store.open import Catalog, CaptureCatalog
+from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.schema import Grid, ShardRecord
 
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,7 +68,9 @@ class BuildSummary:
     elapsed_s: float = 0.0
     raw_bytes: int = 0
     disk_bytes: int = 0
-    stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("forward", "scatter", "wait", "commit"), 0.0))
+    stage_s: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("forward", "scatter", "wait", "commit"), 0.0)
+    )
 
     @property
     def was_complete(self) -> bool:
@@ -104,7 +106,10 @@ def build(
         DiskFullError: it does not fit. NonFiniteError: the model gave NaN or infinity.
     """
     started, reporter = time.perf_counter(), reporter or Reporter()
-    request, captures = make_request(settings, decoder, tokenizer, corpus, corpus_name), capture_requests(settings, decoder)
+    request, captures = (
+        make_request(settings, decoder, tokenizer, corpus, corpus_name),
+        capture_requests(settings, decoder),
+    )
     if not (settings.out / "zarr.json").exists():
         _check_free(settings.out)
         try:
@@ -121,7 +126,9 @@ def build(
             )
         except FileExistsError as error:
             if not (settings.out / "zarr.json").exists():
-                raise UsageError(f"{settings.out} appeared while the plan was written, and is not a store") from error
+                raise UsageError(
+                    f"{settings.out} appeared while the plan was written, and is not a store"
+                ) from error
     catalog = Catalog(LocalObjects(settings.out))
     check_same(catalog, request, captures)
     summary = BuildSummary(settings.out, n_shards=catalog.grid.n_shards)
@@ -131,7 +138,8 @@ def build(
         disk.sweep()
         if left:
             reporter.on_start(
-                sum(len(catalog.grid.sequences_of(s)) for s in range(catalog.grid.n_shards) if s not in left) * settings.seq_len,
+                sum(len(catalog.grid.sequences_of(s)) for s in range(catalog.grid.n_shards) if s not in left)
+                * settings.seq_len,
                 catalog.grid.n_sequences * settings.seq_len,
             )
             with ThreadPoolExecutor(max(1, encode_threads), thread_name_prefix="actcache-encode") as pool:
@@ -142,7 +150,9 @@ def build(
 
 def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not a store (it has no zarr.json). Nothing was touched; give another --out.")
+        raise UsageError(
+            f"{out} exists and is not a store (it has no zarr.json). Nothing was touched; give another --out."
+        )
 
 
 def _uncommitted(catalog: Catalog) -> dict[int, list[CaptureCatalog]]:
@@ -170,7 +180,9 @@ class _Filler:
         self._catalog, self._decoder, self._summary = catalog, decoder, summary
         self._reporter, self._batch_size = reporter, batch_size
         self._committers = {
-            name: ShardCommitter(disk, catalog.objects, found.capture, found.arrays, pool, actcache.__version__, self._where)
+            name: ShardCommitter(
+                disk, catalog.objects, found.capture, found.arrays, pool, actcache.__version__, self._where
+            )
             for name, found in catalog.captures.items()
         }
         self._buffers: list[dict[str, Tensor]] = [{}, {}]
@@ -215,17 +227,23 @@ class _Filler:
         """Run the model over a shard's sequences; every vector goes straight to its row of the shard buffer."""
         mixed, tokens = self._mixed(shard), self._catalog.plan_object("tokens", shard)
         if mixed.stored != self._catalog.shards.stored[shard]:
-            raise DamageError(f"the plan says that shard {shard} stores {self._catalog.shards.stored[shard]} rows; its tokens say {mixed.stored}")
+            raise DamageError(
+                f"the plan says that shard {shard} stores {self._catalog.shards.stored[shard]} rows; its tokens say {mixed.stored}"
+            )
         hooks = {c.capture.hook: c.capture.layers for c in captures}
-        places = {(c.capture.hook, layer): (c.capture.name, i) for c in captures for i, layer in enumerate(c.capture.layers)}
+        places = {
+            (c.capture.hook, layer): (c.capture.name, i)
+            for c in captures
+            for i, layer in enumerate(c.capture.layers)
+        }
         for c in captures:
             shape = (len(c.capture.layers), mixed.stored, c.capture.width)
             if c.capture.name not in buffers or buffers[c.capture.name].shape != shape:
                 buffers[c.capture.name] = torch.empty(shape, dtype=_TORCH_DTYPES[c.capture.dtype])
-        has_text = (mixed.row_of_token >= 0).any(1)
+        has_text = np.any(mixed.row_of_token >= 0, axis=1)
         for start in range(0, len(tokens), self._batch_size):
             chosen = np.arange(start, min(start + self._batch_size, len(tokens)))
-            chosen = chosen[has_text[chosen]]
+            chosen = chosen[np.asarray(has_text)[chosen]]
             if not len(chosen):
                 continue
             rows = torch.from_numpy(mixed.row_of_token[chosen].reshape(-1))
@@ -252,8 +270,12 @@ class _Filler:
         with self._timed("commit"):
             for capture in captures:
                 buffer = buffers[capture.capture.name]
-                rows: NDArray[Any] = (buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer).numpy()
-                record = self._committers[capture.capture.name].commit(shard, self._catalog.shards.records[shard], rows)
+                rows: NDArray[Any] = (
+                    buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer
+                ).numpy()
+                record = self._committers[capture.capture.name].commit(
+                    shard, self._catalog.shards.records[shard], rows
+                )
                 self._summary.n_built += 1
                 self._count(capture, record)
         self._reporter.on_shard(shard)

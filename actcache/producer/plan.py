@@ -54,7 +54,7 @@ class Settings:
     seq_len: int = 128
     bos: bool = False
     holdout_frac: float = 0.01
-    exclude_first: int = 0
+    exclude_first: int = 1
     seed: int = 0
     batch_size: int = 16
     sequences_per_shard: int | None = None
@@ -146,7 +146,11 @@ def _differences(there: Any, here: Any, path: str) -> list[str]:
         return [
             line
             for key in sorted({*there, *here})
-            for line in _differences(there.get(key), here.get(key), f"{path}{key}" if path.endswith(" ") or not path else f"{path}.{key}")
+            for line in _differences(
+                there.get(key),
+                here.get(key),
+                f"{path}{key}" if path.endswith(" ") or not path else f"{path}.{key}",
+            )
         ]
     return [] if there == here else [f"{path} is {_short(there)} there and {_short(here)} here"]
 
@@ -193,7 +197,9 @@ def choose_grid(request: Request, captures: list[CaptureRequest], n_train: int, 
 def _auto_sequences(request: Request, n_sequences: int, row_bytes: int) -> int:
     """Sequences per shard: up to 32,768 rows, what the memory holds twice, and fine enough for the holdout."""
     by_memory = request.shard_memory_bytes // (2 * row_bytes)
-    by_holdout = request.holdout_frac * n_sequences * request.seq_len if request.holdout_frac else _TARGET_SHARD_ROWS
+    by_holdout = (
+        request.holdout_frac * n_sequences * request.seq_len if request.holdout_frac else _TARGET_SHARD_ROWS
+    )
     rows = min(by_memory, _TARGET_SHARD_ROWS, max(by_holdout, _LEAST_SHARD_ROWS))
     if by_memory < request.seq_len:
         raise UsageError(
@@ -230,7 +236,8 @@ def forecast(grid: Grid, captures: list[CaptureRequest], out: Path) -> SizeForec
     n_tokens = grid.n_sequences * grid.seq_len
     raw = [n_tokens * len(c.layers) * c.width * disk_dtype(c.dtype).itemsize for c in captures]
     expected = [
-        b / (EXPECTED_RATIO[c.codec] if c.dtype == "bfloat16" else 1.0) for b, c in zip(raw, captures, strict=True)
+        b / (EXPECTED_RATIO[c.codec] if c.dtype == "bfloat16" else 1.0)
+        for b, c in zip(raw, captures, strict=True)
     ]
     side = n_tokens * _SIDE_BYTES_PER_TOKEN + sum(
         len(c.layers) * (n_tokens * 4 + grid.n_shards * c.width * 32) for c in captures

@@ -204,6 +204,9 @@ def _convert(source: Path, out: Path) -> None:
 
 
 def _make_config(fields: dict[str, Any]) -> LlamaConfig:
+    rope: Any = {
+        "rope_theta": float(fields["llama.rope.freq_base"])
+    }  # the name that transformers 4 and 5 both read
     config = LlamaConfig(
         vocab_size=fields["llama.vocab_size"],
         hidden_size=fields["llama.embedding_length"],
@@ -213,12 +216,12 @@ def _make_config(fields: dict[str, Any]) -> LlamaConfig:
         num_key_value_heads=fields["llama.attention.head_count_kv"],
         max_position_embeddings=fields["llama.context_length"],
         rms_norm_eps=round(fields["llama.attention.layer_norm_rms_epsilon"], 12),  # stored as float32
-        rope_theta=float(fields["llama.rope.freq_base"]),
         tie_word_embeddings=True,
         bos_token_id=fields["tokenizer.ggml.bos_token_id"],
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
         pad_token_id=fields["tokenizer.ggml.padding_token_id"],
         dtype="bfloat16",
+        rope_theta=float(fields["llama.rope.freq_base"]),  # the name every version of transformers reads
     )
     config.architectures = ["LlamaForCausalLM"]
     return config

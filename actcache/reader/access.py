@@ -86,7 +86,7 @@ class Store:
 
     @property
     def width(self) -> int:
-        """d of the only (or first) capture."""
+        """D of the only (or first) capture."""
         return self._capture(None).capture.width
 
     @property
@@ -116,12 +116,16 @@ class Store:
     @cached_property
     def tokens(self) -> NDArray[np.uint32]:
         """[sequence, position] uint32: every token, read and checked once."""
-        return np.concatenate([self._catalog.plan_object("tokens", s) for s in range(self.plan.grid.n_shards)])
+        return np.concatenate(
+            [self._catalog.plan_object("tokens", s) for s in range(self.plan.grid.n_shards)]
+        )
 
     @cached_property
     def document(self) -> NDArray[np.uint32]:
         """[sequence, position] uint32: the corpus document of each token; 0xFFFFFFFF for padding."""
-        return np.concatenate([self._catalog.plan_object("document", s) for s in range(self.plan.grid.n_shards)])
+        return np.concatenate(
+            [self._catalog.plan_object("document", s) for s in range(self.plan.grid.n_shards)]
+        )
 
     @cached_property
     def keep(self) -> NDArray[np.bool_]:
@@ -134,7 +138,11 @@ class Store:
             return range(grid.n_shards)
         if split not in ("train", "holdout"):
             raise UsageError(f"split={split!r}: expected 'train' or 'holdout'")
-        return range(grid.n_holdout_shards) if split == "holdout" else range(grid.n_holdout_shards, grid.n_shards)
+        return (
+            range(grid.n_holdout_shards)
+            if split == "holdout"
+            else range(grid.n_holdout_shards, grid.n_shards)
+        )
 
     def stats(self, hook: str | None = None, split: Split | None = "train") -> dict[int, LayerStatistics]:
         """Statistics of kept rows per layer, merged from the committed shards of a split (None: of both)."""
@@ -144,13 +152,26 @@ class Store:
         moments = {s: capture.side("moments", s)[0] for s in shards}
         totals = {s: capture.side("totals", s)[0] for s in shards}
         for i, layer in enumerate(capture.capture.layers):
-            merged = Moments(0, *(np.zeros(capture.capture.width) for _ in MOMENTS[:2]), *(np.full(capture.capture.width, np.nan),) * 2)
+            merged = Moments(
+                0,
+                *(np.zeros(capture.capture.width) for _ in MOMENTS[:2]),
+                *(np.full(capture.capture.width, np.nan),) * 2,
+            )
             for s in shards:
                 merged = merge(merged, Moments(int(totals[s][i, 0]), *moments[s][i]))
             n = merged.n
-            norm_sum, norm_max = sum(t[i, 1] for t in totals.values()), max((t[i, 3] for t in totals.values()), default=0.0)
+            norm_sum, norm_max = (
+                sum(t[i, 1] for t in totals.values()),
+                max((t[i, 3] for t in totals.values()), default=0.0),
+            )
             found[layer] = LayerStatistics(
-                n, merged.mean, merged.m2 / max(n, 1), merged.least, merged.greatest, float(norm_sum / max(n, 1)), float(norm_max)
+                n,
+                merged.mean,
+                merged.m2 / max(n, 1),
+                merged.least,
+                merged.greatest,
+                float(norm_sum / max(n, 1)),
+                float(norm_max),
             )
         return found
 
@@ -173,7 +194,10 @@ class Store:
             UsageError: an index is out of range, or names padding, which was never stored.
         """
         capture, grid = self._capture(hook), self.plan.grid
-        q, t = _indices(sequences, grid.n_sequences, "sequences"), _indices(positions, grid.seq_len, "positions")
+        q, t = (
+            _indices(sequences, grid.n_sequences, "sequences"),
+            _indices(positions, grid.seq_len, "positions"),
+        )
         spec = capture.arrays["rows"]
         out = np.empty((len(q), len(t), capture.capture.width), spec.dtype)
         layer_i = capture.layer_index(layer)
@@ -181,13 +205,17 @@ class Store:
             at = np.flatnonzero(q // grid.sequences_per_shard == shard)
             rows = self._provenance.rows_of(int(shard))[q[at] - grid.sequences_of(int(shard)).start][:, t]
             if (rows < 0).any():
-                raise UsageError(f"sequences {q[at][(rows < 0).any(1)].tolist()} hold padding at those positions; see .document")
+                raise UsageError(
+                    f"sequences {q[at][(rows < 0).any(1)].tolist()} hold padding at those positions; see .document"
+                )
             out[at] = self._rows(capture, int(shard), layer_i, rows.reshape(-1)).reshape(len(at), len(t), -1)
         tensor = torch.from_numpy(out)
         tensor = tensor.view(torch.bfloat16) if capture.capture.dtype == "bfloat16" else tensor
         return tensor if dtype is None else tensor.to(dtype)
 
-    def _rows(self, capture: CaptureCatalog, shard: int, layer_i: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def _rows(
+        self, capture: CaptureCatalog, shard: int, layer_i: int, rows: NDArray[np.int64]
+    ) -> NDArray[Any]:
         """Rows of one shard by their number within it."""
         reader, r = capture.reader(shard), self.plan.grid.rows_per_chunk
         out = np.empty((len(rows), capture.capture.width), capture.arrays["rows"].dtype)
@@ -236,9 +264,13 @@ class Store:
         selected = tuple(sorted(layers)) if layers is not None else capture.capture.layers
         for layer in selected:
             capture.layer_index(layer)
-        _check_positive(batch_size=batch_size, window_rows=window_rows, partitions=partitions, world_size=world_size)
+        _check_positive(
+            batch_size=batch_size, window_rows=window_rows, partitions=partitions, world_size=world_size
+        )
         if not selected or len(set(selected)) != len(selected):
-            raise UsageError(f"layers={layers!r}: expected distinct layers among {list(capture.capture.layers)}")
+            raise UsageError(
+                f"layers={layers!r}: expected distinct layers among {list(capture.capture.layers)}"
+            )
         if partitions % world_size or not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}: world_size must divide partitions={partitions}")
         missing = sorted(set(self._shards(split)) - set(capture.committed()))
@@ -299,7 +331,9 @@ def _indices(chosen: Sequence[int] | slice | int | None, n: int, name: str) -> N
     if chosen is None:
         return everything
     try:
-        return np.atleast_1d(everything[chosen if isinstance(chosen, slice | int) else np.asarray(chosen, np.int64)])
+        return np.atleast_1d(
+            everything[chosen if isinstance(chosen, slice | int) else np.asarray(chosen, np.int64)]
+        )
     except IndexError as error:
         raise UsageError(f"{name}={chosen!r} is out of range: there are {n}") from error
 

@@ -18,7 +18,11 @@ class NormFilter:
     """
 
     def __init__(
-        self, catalog: CaptureCatalog, kept: NDArray[np.int64], layer_index: NDArray[np.int64], limits: tuple[float, ...]
+        self,
+        catalog: CaptureCatalog,
+        kept: NDArray[np.int64],
+        layer_index: NDArray[np.int64],
+        limits: tuple[float, ...],
     ) -> None:
         self._catalog, self._kept, self._layer_index, self._limits = catalog, kept, layer_index, limits
         self._dropped: dict[int, list[NDArray[np.int64]]] = {}
@@ -30,7 +34,8 @@ class NormFilter:
             if shard not in self._dropped:
                 norm = self._catalog.side("norm", shard)[:, : self._kept[shard]]
                 self._dropped[shard] = [
-                    np.flatnonzero(norm[i] > limit) for i, limit in zip(self._layer_index, self._limits, strict=True)
+                    np.flatnonzero(norm[i] > limit)
+                    for i, limit in zip(self._layer_index, self._limits, strict=True)
                 ]
             return self._dropped[shard]
 
@@ -43,9 +48,14 @@ def limits_from_ratio(
     The median is over at most 64 training shards, evenly spaced, so it costs the same on any store.
     """
     if ratio <= 1:
-        raise UsageError(f"outlier_norm_ratio={ratio} would drop half of all rows; it is a multiple of the median norm, such as 10")
-    spaced = np.unique(np.linspace(shards.start, shards.stop - 1, min(len(shards), _SHARDS_FOR_MEDIAN)).astype(int))
+        raise UsageError(
+            f"outlier_norm_ratio={ratio} would drop half of all rows; it is a multiple of the median norm, such as 10"
+        )
+    spaced = np.unique(
+        np.linspace(shards.start, shards.stop - 1, min(len(shards), _SHARDS_FOR_MEDIAN)).astype(int)
+    )
     norms = [catalog.side("norm", int(shard))[:, : kept[shard]] for shard in spaced]
     return tuple(
-        float(np.median(np.concatenate([n[catalog.layer_index(layer)] for n in norms]))) * ratio for layer in layers
+        float(np.median(np.concatenate([n[catalog.layer_index(layer)] for n in norms]))) * ratio
+        for layer in layers
     )

@@ -47,12 +47,12 @@ class Members(NamedTuple):
     """The chunks of one window, in the order in which their rows are counted.
 
     layer_i    [m] index among the selected layers.
-    index      [m] index into the ChunkList.
+    listed     [m] index into the ChunkList.
     partition  [m] in 0..P-1.
     """
 
     layer_i: I64
-    index: I64
+    listed: I64
     partition: I64
 
 
@@ -63,7 +63,9 @@ class GlobalOrder:
     groups    the most chunks of each layer in a window; an epoch is cut into windows as equal as can be.
     """
 
-    def __init__(self, *, seed: int, epoch: int, n_chunks: int, n_layers: int, groups: int, partitions: int) -> None:
+    def __init__(
+        self, *, seed: int, epoch: int, n_chunks: int, n_layers: int, groups: int, partitions: int
+    ) -> None:
         self.n_chunks, self.n_layers, self.groups, self.partitions = n_chunks, n_layers, groups, partitions
         self._key = keyed.derive(seed, "global", epoch)
 
@@ -74,7 +76,9 @@ class GlobalOrder:
 
     def members(self, window: int) -> Members:
         """Which chunks a window holds, and who reads each."""
-        slots = np.arange(window * self.n_chunks // self.n_windows, (window + 1) * self.n_chunks // self.n_windows)
+        slots = np.arange(
+            window * self.n_chunks // self.n_windows, (window + 1) * self.n_chunks // self.n_windows
+        )
         index = [
             keyed.feistel(keyed.derive(self._key, "chunk", layer_i), slots, self.n_chunks)
             for layer_i in range(self.n_layers)

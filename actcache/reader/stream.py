@@ -106,12 +106,21 @@ class Stream:
     """
 
     def __init__(
-        self, catalog: CaptureCatalog, provenance: Provenance, selection: Selection, delivery: Delivery, kept: NDArray[np.int64]
+        self,
+        catalog: CaptureCatalog,
+        provenance: Provenance,
+        selection: Selection,
+        delivery: Delivery,
+        kept: NDArray[np.int64],
     ) -> None:
         self.selection, self.delivery = selection, delivery
         self._catalog, self._provenance, self._kept = catalog, provenance, kept
         grid, n_layers = catalog.plan.grid, len(selection.layers)
-        first, stop = (0, grid.n_holdout_shards) if selection.split == "holdout" else (grid.n_holdout_shards, grid.n_shards)
+        first, stop = (
+            (0, grid.n_holdout_shards)
+            if selection.split == "holdout"
+            else (grid.n_holdout_shards, grid.n_shards)
+        )
         self._rows_per_chunk = grid.rows_per_chunk
         self._chunks = list_chunks(np.arange(first, stop), kept[first:stop], grid.rows_per_chunk)
         if len(self._chunks) == 0:
@@ -157,7 +166,7 @@ class Stream:
 
     @property
     def width(self) -> int:
-        """d."""
+        """D."""
         return self._catalog.capture.width
 
     @property
@@ -169,7 +178,12 @@ class Stream:
     def settings(self) -> dict[str, Any]:
         """Everything the order depends on, by name."""
         chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.selection).items()}
-        return {"plan": self._catalog.plan.digest, "capture": self._catalog.capture.digest, "order": "global", **chosen}
+        return {
+            "plan": self._catalog.plan.digest,
+            "capture": self._catalog.capture.digest,
+            "order": "global",
+            **chosen,
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -186,12 +200,16 @@ class Stream:
         """Kept rows of one epoch that the norm limit leaves out."""
         if self._filter is None:
             return 0
-        return sum(len(rows) for shard in np.unique(self._chunks.shard) for rows in self._filter.dropped(int(shard)))
+        return sum(
+            len(rows) for shard in np.unique(self._chunks.shard) for rows in self._filter.dropped(int(shard))
+        )
 
     def __len__(self) -> int:
-        """Batches in one epoch."""
+        """Batches in all epochs together; TypeError where they never end."""
+        if self.delivery.epochs is None:
+            raise TypeError("a stream with epochs=None never ends, so it has no length")
         whole, rest = divmod(self.n_rows, self.selection.batch_size)
-        return whole + (1 if rest and not self.selection.drop_last else 0)
+        return self.delivery.epochs * (whole + (1 if rest and not self.selection.drop_last else 0))
 
     def waited_s(self) -> float:
         """Seconds the consumer has waited for windows so far."""
@@ -205,8 +223,11 @@ class Stream:
                 batches.append(batch)
                 if sum(len(b) for b in batches) >= n_rows:
                     break
-        columns = [torch.cat([getattr(b, name) for b in batches])[:n_rows] for name in ("rows", "layer", "sequence", "position")]
-        return Batch(*columns)
+        rows, layer, sequence, position = (
+            torch.cat([getattr(batch, name) for batch in batches])[:n_rows]
+            for name in ("rows", "layer", "sequence", "position")
+        )
+        return Batch(rows, layer, sequence, position)
 
     # The cursor.
 
@@ -217,7 +238,9 @@ class Stream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken. CursorError names every setting that differs."""
         if state.get("version") != CURSOR_VERSION:
-            raise CursorError(f"cursor version {state.get('version')!r}; this actcache reads version {CURSOR_VERSION}")
+            raise CursorError(
+                f"cursor version {state.get('version')!r}; this actcache reads version {CURSOR_VERSION}"
+            )
         here, there = self.settings, dict(state["settings"])
         differ = [
             f"{name} is {there.get(name)!r} in the cursor and {here.get(name)!r} here"
@@ -328,10 +351,10 @@ class Stream:
         """What goes where in a window. Runs on a thread of the pool."""
         order, chunks = self._order(epoch), self._chunks
         members = order.members(window)
-        shard, chunk = chunks.shard[members.index], chunks.chunk[members.index]
+        shard, chunk = chunks.shard[members.listed], chunks.chunk[members.listed]
         selected = [
             self._selected(int(s), int(c) * self._rows_per_chunk, int(n), int(i))
-            for s, c, n, i in zip(shard, chunk, chunks.n_rows[members.index], members.layer_i, strict=True)
+            for s, c, n, i in zip(shard, chunk, chunks.n_rows[members.listed], members.layer_i, strict=True)
         ]
         counts = np.array([len(rows) for rows in selected], dtype=np.int64)
         arrangement = arrange(order.key_of(window), counts, members.partition, self.selection.partitions)
@@ -358,11 +381,15 @@ class Stream:
 
     def _batch(self, part: _Part) -> Batch:
         rows = part.rows.view(_TORCH_DTYPES[self._catalog.capture.dtype])
-        rows = rows.to(device=self.delivery.device, dtype=self.delivery.dtype or rows.dtype, non_blocking=True)
+        rows = rows.to(
+            device=self.delivery.device, dtype=self.delivery.dtype or rows.dtype, non_blocking=True
+        )
         return Batch(
             rows,
             torch.from_numpy(part.layer).to(self.delivery.device),
-            lookup=lambda name: torch.from_numpy(self._provenance.look_up(name, part.row)).to(self.delivery.device),
+            lookup=lambda name: torch.from_numpy(self._provenance.look_up(name, part.row)).to(
+                self.delivery.device
+            ),
         )
 
     # The end.
@@ -382,5 +409,7 @@ class Stream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()

@@ -111,7 +111,8 @@ class Fill:
             layout = self._lay_out()
             self.layout = layout
             jobs = [
-                layout.sources[i : i + _CHUNKS_PER_JOB] for i in range(0, len(layout.sources), _CHUNKS_PER_JOB)
+                layout.sources[i : i + _CHUNKS_PER_JOB]
+                for i in range(0, len(layout.sources), _CHUNKS_PER_JOB)
             ]
             self._n_jobs = len(jobs)
             if not jobs:

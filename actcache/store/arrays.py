@@ -99,7 +99,7 @@ def plan_arrays(grid: Grid) -> dict[str, ArraySpec]:
     return {
         "tokens": ArraySpec("tokens", per_sequence, sequences, dims, u4, 0),
         "document": ArraySpec("document", per_sequence, sequences, dims, u4, NO_DOCUMENT),
-        "keep": ArraySpec("keep", per_sequence, sequences, dims, np.dtype(np.bool_), False),
+        "keep": ArraySpec("keep", per_sequence, sequences, dims, np.dtype(np.bool_), fill=False),
         "row_sequence": ArraySpec("row_sequence", rows, per_shard, ("row",), u4, NO_DOCUMENT),
         "row_position": ArraySpec("row_position", rows, per_shard, ("row",), u4, NO_DOCUMENT),
         "shards": ArraySpec("shards", shards, (SHARDS_PER_RECORD_OBJECT,), ("shard",), None, ""),

@@ -131,7 +131,9 @@ def create_plan(
     table = arrays["shards"]
     for start in range(0, len(texts), table.chunk[0]):
         part = texts[start : start + table.chunk[0]]
-        disk.create(table.key(start // table.chunk[0]), encode_strings(part + [""] * (table.chunk[0] - len(part))))
+        disk.create(
+            table.key(start // table.chunk[0]), encode_strings(part + [""] * (table.chunk[0] - len(part)))
+        )
     disk.makedirs("acts")
     acts = group_json({})
     disk.create("acts/zarr.json", acts)
@@ -189,5 +191,9 @@ def create_capture(disk: Disk, plan: Plan, asked: CaptureRequest) -> Capture:
 def as_requested(capture: Capture) -> CaptureRequest:
     """What a capture was asked as, for comparing with what is asked now."""
     return CaptureRequest(
-        hook=capture.hook, layers=capture.layers, width=capture.width, dtype=capture.dtype, codec=capture.codec
+        hook=capture.hook,
+        layers=capture.layers,
+        width=capture.width,
+        dtype=capture.dtype,
+        codec=capture.codec,
     )

@@ -98,7 +98,7 @@ class Writer:
         self.close()
 
 
-def _explained(error: OSError, path: Path) -> OSError:
+def _explained(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(
             f"no room left on the disk while writing {path}: nothing committed is lost and nothing half-written is "

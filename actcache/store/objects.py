@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -75,7 +75,7 @@ class LocalObjects:
     def names(self, key: str) -> list[str]:
         """Names directly inside the folder `key`, sorted."""
         try:
-            return sorted(os.listdir(self.root / key))
+            return sorted(entry.name for entry in (self.root / key).iterdir())
         except FileNotFoundError:
             return []
 
@@ -84,7 +84,8 @@ class RemoteObjects:
     """Objects behind an fsspec URL: s3://, gs://, https://, memory:// and the like."""
 
     def __init__(self, url: str, fs: fsspec.AbstractFileSystem, root: str) -> None:
-        self.url, self._fs, self._root = url, fs, root.rstrip("/")
+        self.url, self._root = url, root.rstrip("/")
+        self._fs: Any = fs  # fsspec's own annotations are looser than what it returns
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else self._root

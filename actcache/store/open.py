@@ -141,7 +141,9 @@ class CaptureCatalog:
     def layer_index(self, layer: int) -> int:
         """Where a model layer lies on the layer axis; UsageError names those there are."""
         if layer not in self.capture.layers:
-            raise UsageError(f"layer {layer} is not in {self.capture.name}; it holds layers {list(self.capture.layers)}")
+            raise UsageError(
+                f"layer {layer} is not in {self.capture.name}; it holds layers {list(self.capture.layers)}"
+            )
         return self.capture.layers.index(layer)
 
 
@@ -150,7 +152,9 @@ def read_checked(objects: Objects, spec: ArraySpec, key: str, expected: tuple[in
     try:
         data = objects.read(key)
     except FileNotFoundError as error:
-        raise DamageError(f"{key} is missing. Run 'actcache verify' on the store to list all damage.") from error
+        raise DamageError(
+            f"{key} is missing. Run 'actcache verify' on the store to list all damage."
+        ) from error
     problem = object_problem(data, expected)
     if problem:
         raise DamageError(f"{key} {problem}. Run 'actcache verify' on the store to list all damage.")
@@ -198,7 +202,9 @@ class Catalog:
             try:
                 texts += decode_strings(self.objects.read(key))
             except FileNotFoundError as error:
-                raise DamageError(f"{key} is missing from {self.objects.url}; it belongs to the plan.") from error
+                raise DamageError(
+                    f"{key} is missing from {self.objects.url}; it belongs to the plan."
+                ) from error
             except ValueError as error:
                 raise DamageError(f"{key} in {self.objects.url} cannot be read: {error}") from error
         texts = texts[: self.grid.n_shards]
@@ -207,7 +213,9 @@ class Catalog:
                 f"the shard table {spec.path}/ in {self.objects.url} does not match the plan: it was altered."
             )
         records = [PlannedShard.model_validate_json(text) for text in texts]
-        kept, stored = (np.array([getattr(r, name) for r in records], np.int64) for name in ("kept", "stored"))
+        kept, stored = (
+            np.array([getattr(r, name) for r in records], np.int64) for name in ("kept", "stored")
+        )
         return PlanTable(kept, stored, records)
 
     @cached_property

@@ -11,7 +11,7 @@ from actcache.errors import ActcacheError
 from actcache.store.arrays import PER_SHARD_PLAN_ARRAYS, SIDE_ARRAYS, side_key
 from actcache.store.codec import CRC_BYTES, crc32c
 from actcache.store.objects import Objects
-from actcache.store.open import Catalog, CaptureCatalog, object_problem
+from actcache.store.open import CaptureCatalog, Catalog, object_problem
 from actcache.store.schema import ShardRecord
 from actcache.store.shard import Chunks
 
@@ -85,7 +85,9 @@ def _check_capture(capture: CaptureCatalog) -> Iterator[Problem]:
     try:
         layers = spec.decode(capture.objects.read(spec.key(0))).tolist()
         if tuple(layers) != capture.capture.layers:
-            yield Problem(spec.key(0), f"holds layers {layers} where {list(capture.capture.layers)} were captured")
+            yield Problem(
+                spec.key(0), f"holds layers {layers} where {list(capture.capture.layers)} were captured"
+            )
     except FileNotFoundError:
         yield Problem(spec.key(0), "is missing")
     except ValueError as error:
@@ -102,7 +104,9 @@ def _check_capture(capture: CaptureCatalog) -> Iterator[Problem]:
             )
 
 
-def find_problems(catalog: Catalog, threads: int, on_shard: Callable[[], None] = lambda: None) -> list[Problem]:
+def find_problems(
+    catalog: Catalog, threads: int, on_shard: Callable[[], None] = lambda: None
+) -> list[Problem]:
     """Every problem of a store that opens; empty when every committed byte is what was committed.
 
     Reads everything once. `on_shard` is called after each shard of each capture, and after each of the plan's.

@@ -186,9 +186,9 @@ def test_the_converted_model_knows_the_capital_of_france(smollm2):
     model, tokenizer = load_model(smollm2), load_tokenizer(smollm2)
     assert (model.family, model.n_layers, model.width, model.dtype) == ("llama", 30, 576, torch.bfloat16)
     encoded = tokenizer("The capital of France is", return_tensors="pt")
-    answer = model.causal_lm.generate(**encoded, max_new_tokens=2, do_sample=False)[
-        0, encoded["input_ids"].shape[1] :
-    ]
+    answer = model.causal_lm.generate(
+        encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=2, do_sample=False
+    )[0, encoded["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == " Paris."
 
 

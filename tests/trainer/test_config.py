@@ -37,6 +37,7 @@ def test_lr_given_is_kept():
         ({"rows": 5, "epochs": 1}, "rows=5 and epochs=1 both"),
         ({"n_latents": 8, "k": 9}, "k=9"),
         ({"layers": (3, 1)}, "ascending"),
+        ({"layers": ["1"]}, "valid integer"),
         ({"latents": 8}, "Extra inputs"),
         ({"k": "32"}, "valid integer"),
         ({"lr": 0.0}, "greater than 0"),

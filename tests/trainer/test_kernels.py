@@ -150,7 +150,9 @@ def test_not_a_number_reaches_the_values():
     assert code.values[[0, 2]].isfinite().all()
 
 
-def test_same_bits_twice_in_float32():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_bits_twice_in_float32(threads):
+    torch.set_num_threads(threads)
     z, w_enc, bias = problem(500, 16, 256, dtype=torch.float32)
     w_dec = problem(500, 16, 256, seed=1, dtype=torch.float32)[1]
     dead = torch.arange(100)

@@ -21,13 +21,14 @@ def sums(loss, n_rows, residual, total, n_active):
 
 def test_interval_weighs_by_rows():
     interval = Interval(3)
-    interval.add(sums(1.0, [3, 1, 0], [2.0, 1.0, 0.0], [4.0, 4.0, 0.0], 8))
-    interval.add(sums(4.0, [0, 2, 0], [0.0, 1.0, 0.0], [0.0, 4.0, 0.0], 4))
+    interval.add(sums(1.0, [3, 1, 0], [2.0, 1.0, 0.0], [4.0, 4.0, 0.0], 8), grad_norm=1.0, lr=0.1)
+    interval.add(sums(4.0, [0, 2, 0], [0.0, 1.0, 0.0], [0.0, 4.0, 0.0], 4), grad_norm=2.0, lr=0.2)
     line = interval.line((1, 3, 8))
     assert line["loss"] == pytest.approx((1 * 4 + 4 * 2) / 6)
     assert line["aux_loss"] == pytest.approx(0.5)
     assert line["train_fvu"] == {"1": 0.5, "3": 0.25, "8": None}
     assert line["l0"] == 2.0
+    assert (line["grad_norm"], line["lr"]) == (2.0, 0.2)
 
 
 def test_reopening_keeps_only_whole_lines_up_to_the_step(tmp_path):

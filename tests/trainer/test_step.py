@@ -66,8 +66,8 @@ def test_whole_step_against_an_independent_dense_formula():
     ehat = reference.decode(code.aux_values, code.aux_indices, model.w_dec)
     aux = ((ehat - e).square().sum(1) / e.square().sum(1)).mean() / 32
     (main + aux).backward()
-    assert sums.loss == pytest.approx(float(main), rel=1e-12)
-    assert sums.aux_loss == pytest.approx(float(aux), rel=1e-12)
+    assert sums.loss == pytest.approx(main.item(), rel=1e-12)
+    assert sums.aux_loss == pytest.approx(aux.item(), rel=1e-12)
     for name, grad in grads_of(model).items():
         torch.testing.assert_close(got[name], grad, rtol=1e-9, atol=1e-12)
 

@@ -18,7 +18,7 @@ class Selected(NamedTuple):
     values       [b, k] activations max(pre, 0), largest first. A slot whose value is 0 is not active and its index means
                  nothing, so add to a dense array (`scatter_add_`), never assign.
     indices      [b, k] int64, distinct within a row.
-    aux_values   [b, m] the same for the best m of the dead latents; m = 0 unless asked for.
+    aux_values   [b, m] the same for the best m of the dead latents, in any order; m = 0 unless asked for.
     aux_indices  [b, m] int64, latent numbers.
     """
 

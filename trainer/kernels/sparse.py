@@ -57,7 +57,9 @@ class _Encode(Function):
             rows = slice(start, min(start + tile_rows, n_rows))
             pre = torch.mm(centred[rows], w_enc.T, out=tile[: rows.stop - start])
             values[rows], indices[rows] = largest(pre, k)
-            if n_aux:
+            if n_aux == len(dead):
+                aux_values[rows], aux_indices[rows] = pre[:, dead], dead
+            elif n_aux:
                 aux_values[rows], chosen = largest(pre[:, dead], n_aux)
                 aux_indices[rows] = dead[chosen]
         values.relu_()
