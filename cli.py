@@ -1,0 +1,692 @@
+"""The command line: one command per arrow of the flow. The only module that wires, prints and reads the environment."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import actcache
+from actcache.errors import ActcacheError, UsageError
+
+if TYPE_CHECKING:
+    from actcache.producer.build import BuildSummary
+    from actcache.producer.plan import SizeForecast
+    from actcache.reader.stream import Stream
+    from actcache.store.open import Catalog
+    from actcache.store.schema import Grid
+    from analysis.metrics import Evaluation
+    from trainer.config import TrainConfig
+    from trainer.loop import RunSummary, StepReport
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Cache transformer activations once, verifiably; stream them shuffled into sparse autoencoders.",
+)
+console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for scripts.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU where there is one.")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A store: a folder, or an fsspec URL such as s3://...")]
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(actcache.__version__)
+        raise typer.Exit
+    if debug:
+        os.environ["ACTCACHE_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Run the command line; an error that was meant for people is printed without a traceback."""
+    try:
+        app()
+    except ActcacheError as error:
+        if os.environ.get("ACTCACHE_DEBUG"):
+            raise
+        console.print(Text(f"error ({error.kind}): {_message(error)}"), style="red", soft_wrap=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _message(error: ActcacheError) -> str:
+    return str(error.args[-1]) if error.args else type(error).__name__
+
+
+# Progress.
+
+
+class _Rate(ProgressColumn):
+    """Units per second of the running process, resumed work not counted."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} {self._unit}/s" if task.speed else f"- {self._unit}/s")
+
+
+def _progress(unit: str, *, quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=quiet,
+    )
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"
+
+
+def _size(text: str) -> int:
+    """Bytes of "2GiB", "500MB", "1000000"."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    number = text.strip().rstrip("BbIiKkMmGgTt")
+    try:
+        return int(float(number) * units[text.strip()[len(number) :].strip().upper()])
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{text!r} is not a size; write 500MB, 2GiB or a number of bytes") from error
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+    return name
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set. A second SIGINT interrupts at once."""
+    stop = threading.Event()
+
+    def ask(_number: int, _frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# build
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Option(help="Hub id or local folder of a causal language model.")],
+    corpus: Annotated[str, typer.Option(help="Text: .txt, .jsonl, .jsonl.gz, .jsonl.zst, a folder of them, or a glob.")],
+    out: Annotated[Path, typer.Option(help="Where the store goes, for example acts.zarr.")],
+    tokens: Annotated[int | None, typer.Option(help="Tokens to cache. Without it: the whole corpus.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
+    text_column: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence, the unit the model runs on.")] = 128,
+    bos: Annotated[bool, typer.Option(help="Begin every sequence with the tokenizer's BOS token.")] = False,
+    layers: Annotated[str, typer.Option(help='Blocks to cache: "all", "0,3,5" or "0:6" (6 not included).')] = "all",
+    hook: Annotated[
+        list[str] | None,
+        typer.Option(help="Where in a block: resid_post (default), resid_pre, mlp_in, mlp_out, attn_out. Repeat for several."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Stored as bfloat16, float16 or float32.")] = "bfloat16",
+    model_dtype: Annotated[str, typer.Option(help="The model computes in: float32, bfloat16, float16, or auto.")] = "auto",
+    codec: Annotated[str, typer.Option(help="zstd (smallest), lz4 (faster) or none.")] = "zstd",
+    holdout: Annotated[float, typer.Option(help="Fraction held out for evaluation: whole documents, whole shards.")] = 0.01,
+    exclude_first: Annotated[
+        int, typer.Option(help="Never train on the first N positions of a sequence: attention sinks live there.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Decides the holdout, the order of sequences and the mixing of rows.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass. Part of the plan: it changes last bits.")] = 16,
+    shard_memory: Annotated[str, typer.Option(help="Memory for the two shards being filled; decides the shard size.")] = "1GiB",
+    sequences_per_shard: Annotated[int | None, typer.Option(help="Shard size by hand, in sequences.")] = None,
+    device: Device = "auto",
+    encode_threads: Annotated[int, typer.Option(help="Threads that compress.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Run a language model over text and cache its activations. Run the same command again to continue."""
+    from actcache.model import load_model, load_tokenizer, parse_layers
+    from actcache.producer.corpus import open_corpus
+    from actcache.producer.plan import Settings
+
+    _choice("dtype", dtype, ("bfloat16", "float16", "float32"))
+    _choice("codec", codec, ("zstd", "lz4", "none"))
+    _choice("model-dtype", model_dtype, ("auto", "bfloat16", "float16", "float32"))
+    text = open_corpus(corpus, text_column)
+    _quiet_transformers()
+    tokenizer = load_tokenizer(model, revision)
+    decoder = load_model(model, revision=revision, dtype=model_dtype, device=_device(device))
+    settings = Settings(
+        out=out,
+        hooks=tuple(hook or ("resid_post",)),
+        layers=parse_layers(layers, decoder.n_layers),
+        dtype=dtype,
+        codec=codec,
+        n_tokens=tokens,
+        seq_len=seq_len,
+        bos=bos,
+        holdout_frac=holdout,
+        exclude_first=exclude_first,
+        seed=seed,
+        batch_size=batch_size,
+        sequences_per_shard=sequences_per_shard,
+        shard_memory_bytes=_size(shard_memory),
+    )
+    summary = _build(settings, decoder, tokenizer, text, Path(corpus).name, encode_threads, quiet=as_json)
+    if as_json:
+        print(json.dumps({**asdict(summary), "store": str(summary.store)}))
+
+
+def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"--{option} {value}: expected one of {', '.join(allowed)}")
+
+
+def _quiet_transformers() -> None:
+    """Our own progress bars are enough."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _build(
+    settings: Any, decoder: Any, tokenizer: Any, text: Any, corpus_name: str, encode_threads: int, *, quiet: bool
+) -> "BuildSummary":
+    from actcache.producer.build import Reporter, build
+
+    with _progress("tok", quiet=quiet) as progress:
+        planning = progress.add_task("tokenise", total=settings.n_tokens, note="")
+        running = progress.add_task("activations", total=None, note="", visible=False)
+
+        def started(n_done: int, n_tokens: int) -> None:
+            progress.update(planning, visible=False)
+            progress.update(running, total=n_tokens, completed=n_done, visible=True)
+
+        def forecast(grid: "Grid", size: "SizeForecast") -> None:
+            if not quiet:
+                _print_forecast(settings.out, grid, size)
+
+        reporter = Reporter(
+            on_tokens=lambda n: progress.update(planning, completed=n),
+            on_forecast=forecast,
+            on_start=started,
+            on_forward=lambda n: progress.advance(running, n),
+        )
+        terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            summary = build(
+                settings, decoder, tokenizer, text, corpus_name=corpus_name, encode_threads=encode_threads, reporter=reporter
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(f"stopped; every committed shard of {settings.out} is safe. Run the same command again to continue.")
+            sys.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+    if not quiet:
+        _print_build(summary)
+    return summary
+
+
+def _print_forecast(out: Path, grid: "Grid", size: "SizeForecast") -> None:
+    console.print(
+        f"{out}: {grid.n_sequences:,} sequences of {grid.seq_len} tokens in {grid.n_shards} shards of "
+        f"{grid.rows_per_shard:,} rows, {grid.n_holdout_shards} held out",
+        highlight=False,
+    )
+    console.print(
+        f"on disk: about {_bytes(size.expected_bytes + size.side_bytes)} ({_bytes(size.raw_bytes)} before compression), "
+        f"{_bytes(size.free_bytes)} free",
+        highlight=False,
+    )
+
+
+def _print_build(summary: "BuildSummary") -> None:
+    if summary.was_complete:
+        console.print(f"{summary.store} is complete: all {summary.n_shards} shards are committed. Nothing to do.")
+        return
+    stages = dict(summary.stage_s)
+    stages["forward"] -= stages["scatter"]
+    table = Table(title=f"{summary.store}: built", title_justify="left", show_edge=False)
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    for stage, seconds in stages.items():
+        table.add_row(stage if stage != "wait" else "wait for commit", f"{seconds:.1f}")
+    console.print(table)
+    slowest = max(("forward", "commit"), key=lambda stage: stages[stage])
+    console.print(
+        f"{summary.n_tokens:,} tokens in {summary.elapsed_s:.1f} s ({summary.n_tokens / summary.elapsed_s:,.0f} tok/s); "
+        f"{_bytes(summary.raw_bytes)} -> {_bytes(summary.disk_bytes)} "
+        f"({summary.raw_bytes / max(1, summary.disk_bytes):.2f}x); the {slowest} was the bottleneck",
+        highlight=False,
+    )
+
+
+# info and verify
+
+
+@app.command()
+def info(store: StorePath, as_json: Json = False) -> None:
+    """Say what a store holds: model, text, layers, size, how much of it is committed."""
+    from actcache.store.open import open_catalog
+
+    catalog = open_catalog(store)
+    facts = _facts(catalog)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False, show_edge=False, title=store, title_justify="left")
+    for name, value in facts.items():
+        if name != "captures":
+            table.add_row(name.replace("_", " "), _said(value))
+    console_out = Console()
+    console_out.print(table)
+    for name, capture in facts["captures"].items():
+        table = Table(show_header=False, show_edge=False, title=f"\n{name}", title_justify="left")
+        for key, value in capture.items():
+            table.add_row(key.replace("_", " "), _said(value))
+        console_out.print(table)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool | str) or value is None:
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _facts(catalog: "Catalog") -> dict[str, Any]:
+    plan, grid = catalog.plan, catalog.grid
+    request = plan.request
+    stored = int(catalog.shards.stored.sum())
+    captures = {}
+    for name, found in catalog.captures.items():
+        committed = found.committed()
+        rows = sum(int(catalog.shards.stored[s]) for s in committed)
+        itemsize = 4 if found.capture.dtype == "float32" else 2
+        disk = sum(found.record(s).rows_bytes for s in committed)
+        raw = rows * len(found.capture.layers) * found.capture.width * itemsize
+        totals = [found.side("totals", s)[0] for s in committed]
+        kept = sum(t[:, 0] for t in totals) if totals else []
+        captures[name] = {
+            "hook": found.capture.hook,
+            "layers": list(found.capture.layers),
+            "width": found.capture.width,
+            "dtype": found.capture.dtype,
+            "codec": found.capture.codec,
+            "committed_shards": len(committed),
+            "complete": len(committed) == grid.n_shards,
+            "rows_bytes": disk,
+            "ratio": round(raw / disk, 3) if disk else None,
+            "norm_mean": [round(float(x), 2) for x in sum(t[:, 1] for t in totals) / kept] if totals else None,
+            "norm_max": [round(float(max(t[i, 3] for t in totals)), 1) for i in range(len(found.capture.layers))]
+            if totals
+            else None,
+            "digest": found.capture.digest,
+        }
+    return {
+        "format": plan.format,
+        "model": request.model.name,
+        "revision": request.model.revision,
+        "family": request.model.family,
+        "corpus": request.corpus.name,
+        "documents": plan.text.n_documents_used,
+        "tokens": stored,
+        "kept_tokens": plan.n_kept,
+        "seq_len": grid.seq_len,
+        "sequences": grid.n_sequences,
+        "shards": grid.n_shards,
+        "holdout_shards": grid.n_holdout_shards,
+        "rows_per_shard": grid.rows_per_shard,
+        "rows_per_chunk": grid.rows_per_chunk,
+        "exclude_first": request.exclude_first,
+        "seed": request.seed,
+        "actcache_version": plan.actcache_version,
+        "digest": plan.digest,
+        "captures": captures,
+    }
+
+
+@app.command()
+def verify(
+    store: StorePath,
+    threads: Annotated[int, typer.Option(help="Threads that read and check.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Read every byte of a store and compare it with what was committed. Exit 1 and a list when anything differs."""
+    from actcache.store.open import open_catalog
+    from actcache.store.verify import find_problems
+
+    catalog = open_catalog(store)
+    committed = {name: len(found.committed()) for name, found in catalog.captures.items()}
+    with _progress("shards", quiet=as_json) as progress:
+        task = progress.add_task("verify", total=catalog.grid.n_shards + sum(committed.values()), note="")
+        problems = find_problems(catalog, threads, lambda: progress.advance(task))
+    if as_json:
+        report = {"store": store, "shards": catalog.grid.n_shards, "committed": committed}
+        print(json.dumps({**report, "problems": [p._asdict() for p in problems]}))
+    else:
+        for problem in problems:
+            print(f"{problem.object}: {problem.what}")
+        counts = ", ".join(f"{name} {n} of {catalog.grid.n_shards} shards" for name, n in committed.items())
+        console.print(f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}; committed: {counts}", highlight=False)
+    if problems:
+        raise typer.Exit(1)
+
+
+# train and eval
+
+
+@app.command()
+def train(
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, metrics.jsonl and the finished SAE.")],
+    layers: Annotated[str | None, typer.Option(help='Layers to train on, for example "0,5,10". Default: all stored.')] = None,
+    hook: Annotated[str | None, typer.Option(help="Which capture, where the store has several.")] = None,
+    expansion: Annotated[int, typer.Option(help="Latents per width.")] = 16,
+    k: Annotated[int, typer.Option(help="Active latents per row.")] = 32,
+    auxk: Annotated[int, typer.Option(help="Dead latents that explain the residual; 0 is off.")] = 256,
+    dead_after_tokens: Annotated[int, typer.Option(help="A latent is dead after this many tokens without activity.")] = 10_000_000,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 2e-4 * sqrt(2^14 / latents).")] = None,
+    batch_rows: Annotated[int, typer.Option(help="Rows per optimiser step.")] = 8192,
+    rows: Annotated[int | None, typer.Option(help="Stop after this many rows.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Or after this many epochs. Default: 1.")] = None,
+    outlier_norm_ratio: Annotated[
+        float, typer.Option(help="Drop rows whose norm exceeds this many times their layer's median; 0 keeps all.")
+    ] = 10.0,
+    window_rows: Annotated[int, typer.Option(help="Rows shuffled together in memory.")] = 131_072,
+    memory: Annotated[str | None, typer.Option(help="Bound on memory for reading, such as 2GiB.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of rows and of the initial weights.")] = 0,
+    device: Device = "auto",
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; begin it where there is none.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train one top-k SAE on shuffled token x layer rows of a store (a multi-layer SAE)."""
+    from trainer.config import TrainConfig
+
+    chosen = {
+        "expansion": expansion,
+        "k": k,
+        "auxk": auxk,
+        "dead_after_tokens": dead_after_tokens,
+        "lr": lr,
+        "batch_rows": batch_rows,
+        "rows": rows,
+        "epochs": epochs if rows is not None or epochs is not None else 1,
+        "seed": seed,
+        "checkpoint_every_steps": checkpoint_every,
+    }
+    try:
+        config = TrainConfig(**chosen)
+    except ValueError as error:
+        raise UsageError(_validation(error)) from error
+    selection = {
+        "hook": hook,
+        "layers": layers,
+        "outlier_norm_ratio": outlier_norm_ratio or None,
+        "window_rows": window_rows,
+        "memory": None if memory is None else _size(memory),
+    }
+    summary = _train(store, out, config, selection, _device(device), resume=resume, quiet=as_json)
+    if as_json:
+        print(json.dumps(asdict(summary)))
+    if summary.outcome == "stopped":
+        raise typer.Exit(130)
+
+
+def _validation(error: ValueError) -> str:
+    problems = getattr(error, "errors", list)()
+    return "; ".join(f"{'.'.join(str(part) for part in p['loc']) or 'arguments'}: {p['msg']}" for p in problems) or str(error)
+
+
+def _stream(store: Any, selection: dict[str, Any], **more: Any) -> "Stream":
+    from actcache.model import parse_layers
+
+    hook, layers = selection["hook"], selection["layers"]
+    if isinstance(layers, str):
+        layers = parse_layers(layers, store.plan.request.model.n_layers)
+    return store.stream(
+        hook=hook,
+        layers=layers,
+        outlier_norm_ratio=selection["outlier_norm_ratio"],
+        window_rows=selection["window_rows"],
+        memory=selection["memory"],
+        **more,
+    )
+
+
+def _train(
+    location: str, out: Path, config: "TrainConfig", selection: dict[str, Any], device: str, *, resume: bool, quiet: bool
+) -> "RunSummary":
+    import torch
+
+    from trainer.loop import train
+
+    store = actcache.open(location)
+    n_epochs = config.epochs
+    with _stream(
+        store, selection, batch_size=config.batch_rows, seed=config.seed, epochs=n_epochs, device=device, dtype=torch.float32
+    ) as source:
+        n_total = config.rows if config.rows is not None else source.n_rows * (n_epochs or 1)
+        if not quiet:
+            _print_selection(store, source, selection)
+        request = store.plan.request
+        provenance = {
+            "store": Path(location).name,
+            "plan": store.plan.digest,
+            "model": request.model.as_json(),
+            "corpus": request.corpus.name,
+            "selection": {**{k: v for k, v in selection.items() if k != "memory"}, "layers": list(source.layers)},
+            "order": source.settings,
+            "actcache_version": actcache.__version__,
+        }
+        with _progress("rows", quiet=quiet) as progress, _stop_on_signals() as stop:
+            task = progress.add_task("train", total=n_total, note="")
+            watch = _step_watcher(progress, task)
+            summary = train(
+                source,
+                config,
+                out,
+                device=device,
+                resume=resume,
+                provenance=provenance,
+                on_step=watch,
+                stop=stop.is_set,
+            )
+    if not quiet:
+        said = {
+            "finished": f"finished after {summary.step:,} steps",
+            "stopped": "stopped; a checkpoint is saved. Go on with --resume",
+            "already finished": "is finished already. Nothing to do",
+        }[summary.outcome]
+        waited = 100 * summary.waited_s / max(summary.elapsed_s, 1e-9)
+        console.print(f"{out}: {said} ({summary.elapsed_s:.0f} s, {waited:.1f} % waiting for data)", highlight=False)
+    return summary
+
+
+def _print_selection(store: Any, source: "Stream", selection: dict[str, Any]) -> None:
+    plan = store.plan
+    excluded = store.n_tokens - store.n_kept
+    console.print(
+        f"{source.n_rows:,} rows an epoch from layers {list(source.layers)}. Left out: {excluded:,} of {store.n_tokens:,} tokens "
+        f"(first {plan.request.exclude_first} positions and special tokens)"
+        + (
+            f", {source.n_dropped:,} rows of more than {selection['outlier_norm_ratio']:g} x their layer's median norm"
+            if selection["outlier_norm_ratio"]
+            else ""
+        ),
+        highlight=False,
+    )
+
+
+def _step_watcher(progress: Progress, task: Any) -> Callable[["StepReport"], None]:
+    started = time.perf_counter()
+    is_first = True
+
+    def watch(report: "StepReport") -> None:
+        nonlocal is_first
+        waited = 100 * report.waited_s / max(time.perf_counter() - started, 1e-9)
+        note = f"loss {report.loss:.3f}  dead {report.n_dead:,}  waiting {waited:.0f} %"
+        progress.update(task, completed=report.rows, note=note)
+        if is_first:
+            progress.reset(task, completed=report.rows, total=progress.tasks[0].total, note=note)
+            is_first = False
+
+    return watch
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    store: StorePath,
+    split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    picture: Annotated[Path | None, typer.Option(help="Also draw FVU per layer and the spread of latents (.png, .pdf).")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Reconstruction, sparsity and spread over layers of an SAE on held-out rows, filtered as its training rows were."""
+    evaluation = _evaluate(run, store, split, _device(device), quiet=as_json)
+    if picture is not None:
+        _draw(evaluation, run, picture)
+    if as_json:
+        print(json.dumps(evaluation.as_json()))
+    else:
+        Console().print(_evaluation_table(evaluation))
+
+
+def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool) -> "Evaluation":
+    import torch
+
+    from analysis.metrics import evaluate
+    from trainer.checkpoint import load_sae
+
+    sae = load_sae(run, device)
+    selection = {**sae.provenance.get("selection", {}), "memory": None}
+    if "window_rows" not in selection:
+        raise UsageError(f"{run} does not say which rows it was trained on; it was not made by 'actcache train'")
+    store = actcache.open(location)
+    if store.plan.request.model.digest != sae.provenance["model"]["digest"]:
+        raise UsageError(
+            f"{run} was trained on activations of {sae.provenance['model']['name']}, {location} holds those of "
+            f"{store.plan.request.model.name} (other weights)"
+        )
+    with _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32) as source:
+        with _progress("rows", quiet=quiet) as progress:
+            task = progress.add_task("evaluate", total=source.n_rows, note="")
+            return evaluate(sae, source, lambda n: progress.advance(task, n))
+
+
+def _draw(evaluation: "Evaluation", run: Path, path: Path) -> None:
+    from analysis.figures import save_overview
+    from trainer.checkpoint import load_sae
+
+    sae = load_sae(run)
+    name = sae.provenance.get("model", {}).get("name", "")
+    save_overview(
+        evaluation,
+        f"{name}: one top-k SAE on {len(sae.layers)} layers, {sae.sae.n_latents:,} latents, k = {sae.sae.k}; "
+        f"{evaluation.mean.n_rows:,} held-out rows",
+        path,
+    )
+    console.print(f"drew {path}", highlight=False)
+
+
+def _evaluation_table(evaluation: "Evaluation") -> Table:
+    table = Table(title="held-out rows", title_justify="left", show_edge=False)
+    for name in ("layer", "rows", "FVU", "FVU at k=0", "FVU scalar", "scalar at k=0", "L0", "L1", "alive"):
+        table.add_column(name, justify="right")
+    for layer, s in [*evaluation.layers.items(), ("mean", evaluation.mean)]:
+        table.add_row(
+            str(layer),
+            f"{s.n_rows:,}",
+            f"{s.fvu:.4f}",
+            f"{s.fvu_k0:.4f}",
+            f"{s.fvu_scalar:.4f}",
+            f"{s.fvu_scalar_k0:.4f}",
+            f"{s.l0:.1f}",
+            f"{s.l1:.1f}",
+            f"{s.n_alive:,}",
+        )
+    return table
+
+
+# demo
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the model, text, store, run and picture.")] = Path("demo"),
+    tokens: Annotated[int, typer.Option(help="Tokens to cache.")] = 60_000,
+) -> None:
+    """The main job on real input: cache SmolLM2-135M on real text, train an MLSAE, evaluate it, draw the result."""
+    from actcache.model import load_model, load_tokenizer
+    from actcache.producer import samples
+    from actcache.producer.corpus import open_corpus
+    from actcache.producer.plan import Settings
+    from trainer.config import TrainConfig
+
+    started = time.perf_counter()
+    _quiet_transformers()
+    console.print("1/4 real weights and real text, from packages", style="bold")
+    model_dir = samples.make_model(out / "SmolLM2-135M-Instruct")
+    corpus_path = samples.make_corpus(out / "sotu.jsonl")
+    console.print("2/4 cache the residual stream of six layers", style="bold")
+    settings = Settings(
+        out=out / "acts.zarr", layers=(0, 5, 10, 15, 20, 25), n_tokens=tokens, seq_len=128, holdout_frac=0.1, exclude_first=1
+    )
+    decoder = load_model(model_dir, dtype="float32")
+    _build(settings, decoder, load_tokenizer(model_dir), open_corpus(corpus_path), corpus_path.name, 1, quiet=False)
+    del decoder
+    console.print("3/4 train one SAE on all of them", style="bold")
+    config = TrainConfig(expansion=8, k=32, batch_rows=4096, lr=1e-3, epochs=4, warmup_steps=20)
+    selection = {"hook": None, "layers": None, "outlier_norm_ratio": 10.0, "window_rows": 131_072, "memory": None}
+    _train(str(settings.out), out / "run", config, selection, "cpu", resume=True, quiet=False)
+    console.print("4/4 evaluate it on held-out documents", style="bold")
+    evaluation = _evaluate(out / "run", str(settings.out), "holdout", "cpu", quiet=False)
+    _draw(evaluation, out / "run", out / "result.png")
+    (out / "result.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
+    Console().print(_evaluation_table(evaluation))
+    console.print(f"done in {time.perf_counter() - started:.0f} s; look at {out / 'result.png'}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
