@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -41,7 +49,9 @@ console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for scripts.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU where there is one.")]
-StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A store: a folder, or an fsspec URL such as s3://...")]
+StorePath = Annotated[
+    str, typer.Argument(metavar="STORE", help="A store: a folder, or an fsspec URL such as s3://...")
+]
 
 
 @app.callback()
@@ -156,28 +166,45 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 @app.command()
 def build(
     model: Annotated[str, typer.Option(help="Hub id or local folder of a causal language model.")],
-    corpus: Annotated[str, typer.Option(help="Text: .txt, .jsonl, .jsonl.gz, .jsonl.zst, a folder of them, or a glob.")],
+    corpus: Annotated[
+        str, typer.Option(help="Text: .txt, .jsonl, .jsonl.gz, .jsonl.zst, a folder of them, or a glob.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the store goes, for example acts.zarr.")],
     tokens: Annotated[int | None, typer.Option(help="Tokens to cache. Without it: the whole corpus.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
     text_column: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence, the unit the model runs on.")] = 128,
     bos: Annotated[bool, typer.Option(help="Begin every sequence with the tokenizer's BOS token.")] = False,
-    layers: Annotated[str, typer.Option(help='Blocks to cache: "all", "0,3,5" or "0:6" (6 not included).')] = "all",
+    layers: Annotated[
+        str, typer.Option(help='Blocks to cache: "all", "0,3,5" or "0:6" (6 not included).')
+    ] = "all",
     hook: Annotated[
         list[str] | None,
-        typer.Option(help="Where in a block: resid_post (default), resid_pre, mlp_in, mlp_out, attn_out. Repeat for several."),
+        typer.Option(
+            help="Where in a block: resid_post (default), resid_pre, mlp_in, mlp_out, attn_out. Repeat for several."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Stored as bfloat16, float16 or float32.")] = "bfloat16",
-    model_dtype: Annotated[str, typer.Option(help="The model computes in: float32, bfloat16, float16, or auto.")] = "auto",
+    model_dtype: Annotated[
+        str, typer.Option(help="The model computes in: float32, bfloat16, float16, or auto.")
+    ] = "auto",
     codec: Annotated[str, typer.Option(help="zstd (smallest), lz4 (faster) or none.")] = "zstd",
-    holdout: Annotated[float, typer.Option(help="Fraction held out for evaluation: whole documents, whole shards.")] = 0.01,
+    holdout: Annotated[
+        float, typer.Option(help="Fraction held out for evaluation: whole documents, whole shards.")
+    ] = 0.01,
     exclude_first: Annotated[
-        int, typer.Option(help="Never train on the first N positions of a sequence: attention sinks live there.")
+        int,
+        typer.Option(help="Never train on the first N positions of a sequence: attention sinks live there."),
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Decides the holdout, the order of sequences and the mixing of rows.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass. Part of the plan: it changes last bits.")] = 16,
-    shard_memory: Annotated[str, typer.Option(help="Memory for the two shards being filled; decides the shard size.")] = "1GiB",
+    seed: Annotated[
+        int, typer.Option(help="Decides the holdout, the order of sequences and the mixing of rows.")
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences per forward pass. Part of the plan: it changes last bits.")
+    ] = 16,
+    shard_memory: Annotated[
+        str, typer.Option(help="Memory for the two shards being filled; decides the shard size.")
+    ] = "1GiB",
     sequences_per_shard: Annotated[int | None, typer.Option(help="Shard size by hand, in sequences.")] = None,
     device: Device = "auto",
     encode_threads: Annotated[int, typer.Option(help="Threads that compress.")] = 1,
@@ -229,7 +256,14 @@ def _quiet_transformers() -> None:
 
 
 def _build(
-    settings: Any, decoder: Any, tokenizer: Any, text: Any, corpus_name: str, encode_threads: int, *, quiet: bool
+    settings: Any,
+    decoder: Any,
+    tokenizer: Any,
+    text: Any,
+    corpus_name: str,
+    encode_threads: int,
+    *,
+    quiet: bool,
 ) -> "BuildSummary":
     from actcache.producer.build import Reporter, build
 
@@ -254,11 +288,19 @@ def _build(
         terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             summary = build(
-                settings, decoder, tokenizer, text, corpus_name=corpus_name, encode_threads=encode_threads, reporter=reporter
+                settings,
+                decoder,
+                tokenizer,
+                text,
+                corpus_name=corpus_name,
+                encode_threads=encode_threads,
+                reporter=reporter,
             )
         except KeyboardInterrupt:
             progress.stop()
-            console.print(f"stopped; every committed shard of {settings.out} is safe. Run the same command again to continue.")
+            console.print(
+                f"stopped; every committed shard of {settings.out} is safe. Run the same command again to continue."
+            )
             sys.exit(130)
         finally:
             signal.signal(signal.SIGTERM, terminate)
@@ -282,7 +324,9 @@ def _print_forecast(out: Path, grid: "Grid", size: "SizeForecast") -> None:
 
 def _print_build(summary: "BuildSummary") -> None:
     if summary.was_complete:
-        console.print(f"{summary.store} is complete: all {summary.n_shards} shards are committed. Nothing to do.")
+        console.print(
+            f"{summary.store} is complete: all {summary.n_shards} shards are committed. Nothing to do."
+        )
         return
     stages = dict(summary.stage_s)
     stages["forward"] -= stages["scatter"]
@@ -356,8 +400,12 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
             "complete": len(committed) == grid.n_shards,
             "rows_bytes": disk,
             "ratio": round(raw / disk, 3) if disk else None,
-            "norm_mean": [round(float(x), 2) for x in sum(t[:, 1] for t in totals) / kept] if totals else None,
-            "norm_max": [round(float(max(t[i, 3] for t in totals)), 1) for i in range(len(found.capture.layers))]
+            "norm_mean": [round(float(x), 2) for x in sum(t[:, 1] for t in totals) / kept]
+            if totals
+            else None,
+            "norm_max": [
+                round(float(max(t[i, 3] for t in totals)), 1) for i in range(len(found.capture.layers))
+            ]
             if totals
             else None,
             "digest": found.capture.digest,
@@ -407,7 +455,10 @@ def verify(
         for problem in problems:
             print(f"{problem.object}: {problem.what}")
         counts = ", ".join(f"{name} {n} of {catalog.grid.n_shards} shards" for name, n in committed.items())
-        console.print(f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}; committed: {counts}", highlight=False)
+        console.print(
+            f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}; committed: {counts}",
+            highlight=False,
+        )
     if problems:
         raise typer.Exit(1)
 
@@ -418,26 +469,37 @@ def verify(
 @app.command()
 def train(
     store: StorePath,
-    out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, metrics.jsonl and the finished SAE.")],
-    layers: Annotated[str | None, typer.Option(help='Layers to train on, for example "0,5,10". Default: all stored.')] = None,
+    out: Annotated[
+        Path, typer.Option(help="The run's folder: checkpoints, metrics.jsonl and the finished SAE.")
+    ],
+    layers: Annotated[
+        str | None, typer.Option(help='Layers to train on, for example "0,5,10". Default: all stored.')
+    ] = None,
     hook: Annotated[str | None, typer.Option(help="Which capture, where the store has several.")] = None,
     expansion: Annotated[int, typer.Option(help="Latents per width.")] = 16,
     k: Annotated[int, typer.Option(help="Active latents per row.")] = 32,
     auxk: Annotated[int, typer.Option(help="Dead latents that explain the residual; 0 is off.")] = 256,
-    dead_after_tokens: Annotated[int, typer.Option(help="A latent is dead after this many tokens without activity.")] = 10_000_000,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 2e-4 * sqrt(2^14 / latents).")] = None,
+    dead_after_tokens: Annotated[
+        int, typer.Option(help="A latent is dead after this many tokens without activity.")
+    ] = 10_000_000,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate. Default: 2e-4 * sqrt(2^14 / latents).")
+    ] = None,
     batch_rows: Annotated[int, typer.Option(help="Rows per optimiser step.")] = 8192,
     rows: Annotated[int | None, typer.Option(help="Stop after this many rows.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Or after this many epochs. Default: 1.")] = None,
     outlier_norm_ratio: Annotated[
-        float, typer.Option(help="Drop rows whose norm exceeds this many times their layer's median; 0 keeps all.")
+        float,
+        typer.Option(help="Drop rows whose norm exceeds this many times their layer's median; 0 keeps all."),
     ] = 10.0,
     window_rows: Annotated[int, typer.Option(help="Rows shuffled together in memory.")] = 131_072,
     memory: Annotated[str | None, typer.Option(help="Bound on memory for reading, such as 2GiB.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of rows and of the initial weights.")] = 0,
     device: Device = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; begin it where there is none.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; begin it where there is none.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train one top-k SAE on shuffled token x layer rows of a store (a multi-layer SAE)."""
@@ -475,7 +537,9 @@ def train(
 
 def _validation(error: ValueError) -> str:
     problems = getattr(error, "errors", list)()
-    return "; ".join(f"{'.'.join(str(part) for part in p['loc']) or 'arguments'}: {p['msg']}" for p in problems) or str(error)
+    return "; ".join(
+        f"{'.'.join(str(part) for part in p['loc']) or 'arguments'}: {p['msg']}" for p in problems
+    ) or str(error)
 
 
 def _stream(store: Any, selection: dict[str, Any], **more: Any) -> "Stream":
@@ -495,7 +559,14 @@ def _stream(store: Any, selection: dict[str, Any], **more: Any) -> "Stream":
 
 
 def _train(
-    location: str, out: Path, config: "TrainConfig", selection: dict[str, Any], device: str, *, resume: bool, quiet: bool
+    location: str,
+    out: Path,
+    config: "TrainConfig",
+    selection: dict[str, Any],
+    device: str,
+    *,
+    resume: bool,
+    quiet: bool,
 ) -> "RunSummary":
     import torch
 
@@ -504,7 +575,13 @@ def _train(
     store = actcache.open(location)
     n_epochs = config.epochs
     with _stream(
-        store, selection, batch_size=config.batch_rows, seed=config.seed, epochs=n_epochs, device=device, dtype=torch.float32
+        store,
+        selection,
+        batch_size=config.batch_rows,
+        seed=config.seed,
+        epochs=n_epochs,
+        device=device,
+        dtype=torch.float32,
     ) as source:
         n_total = config.rows if config.rows is not None else source.n_rows * (n_epochs or 1)
         if not quiet:
@@ -515,7 +592,10 @@ def _train(
             "plan": store.plan.digest,
             "model": request.model.as_json(),
             "corpus": request.corpus.name,
-            "selection": {**{k: v for k, v in selection.items() if k != "memory"}, "layers": list(source.layers)},
+            "selection": {
+                **{k: v for k, v in selection.items() if k != "memory"},
+                "layers": list(source.layers),
+            },
             "order": source.settings,
             "actcache_version": actcache.__version__,
         }
@@ -539,7 +619,9 @@ def _train(
             "already finished": "is finished already. Nothing to do",
         }[summary.outcome]
         waited = 100 * summary.waited_s / max(summary.elapsed_s, 1e-9)
-        console.print(f"{out}: {said} ({summary.elapsed_s:.0f} s, {waited:.1f} % waiting for data)", highlight=False)
+        console.print(
+            f"{out}: {said} ({summary.elapsed_s:.0f} s, {waited:.1f} % waiting for data)", highlight=False
+        )
     return summary
 
 
@@ -579,7 +661,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
     store: StorePath,
     split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
-    picture: Annotated[Path | None, typer.Option(help="Also draw FVU per layer and the spread of latents (.png, .pdf).")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw FVU per layer and the spread of latents (.png, .pdf).")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -602,14 +686,18 @@ def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool)
     sae = load_sae(run, device)
     selection = {**sae.provenance.get("selection", {}), "memory": None}
     if "window_rows" not in selection:
-        raise UsageError(f"{run} does not say which rows it was trained on; it was not made by 'actcache train'")
+        raise UsageError(
+            f"{run} does not say which rows it was trained on; it was not made by 'actcache train'"
+        )
     store = actcache.open(location)
     if store.plan.request.model.digest != sae.provenance["model"]["digest"]:
         raise UsageError(
             f"{run} was trained on activations of {sae.provenance['model']['name']}, {location} holds those of "
             f"{store.plan.request.model.name} (other weights)"
         )
-    with _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32) as source:
+    with _stream(
+        store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32
+    ) as source:
         with _progress("rows", quiet=quiet) as progress:
             task = progress.add_task("evaluate", total=source.n_rows, note="")
             return evaluate(sae, source, lambda n: progress.advance(task, n))
@@ -654,7 +742,9 @@ def _evaluation_table(evaluation: "Evaluation") -> Table:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the model, text, store, run and picture.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the model, text, store, run and picture.")] = Path(
+        "demo"
+    ),
     tokens: Annotated[int, typer.Option(help="Tokens to cache.")] = 60_000,
 ) -> None:
     """The main job on real input: cache SmolLM2-135M on real text, train an MLSAE, evaluate it, draw the result."""
@@ -671,21 +761,42 @@ def demo(
     corpus_path = samples.make_corpus(out / "sotu.jsonl")
     console.print("2/4 cache the residual stream of six layers", style="bold")
     settings = Settings(
-        out=out / "acts.zarr", layers=(0, 5, 10, 15, 20, 25), n_tokens=tokens, seq_len=128, holdout_frac=0.1, exclude_first=1
+        out=out / "acts.zarr",
+        layers=(0, 5, 10, 15, 20, 25),
+        n_tokens=tokens,
+        seq_len=128,
+        holdout_frac=0.1,
+        exclude_first=1,
     )
     decoder = load_model(model_dir, dtype="float32")
-    _build(settings, decoder, load_tokenizer(model_dir), open_corpus(corpus_path), corpus_path.name, 1, quiet=False)
+    _build(
+        settings,
+        decoder,
+        load_tokenizer(model_dir),
+        open_corpus(corpus_path),
+        corpus_path.name,
+        1,
+        quiet=False,
+    )
     del decoder
     console.print("3/4 train one SAE on all of them", style="bold")
     config = TrainConfig(expansion=8, k=32, batch_rows=4096, lr=1e-3, epochs=4, warmup_steps=20)
-    selection = {"hook": None, "layers": None, "outlier_norm_ratio": 10.0, "window_rows": 131_072, "memory": None}
+    selection = {
+        "hook": None,
+        "layers": None,
+        "outlier_norm_ratio": 10.0,
+        "window_rows": 131_072,
+        "memory": None,
+    }
     _train(str(settings.out), out / "run", config, selection, "cpu", resume=True, quiet=False)
     console.print("4/4 evaluate it on held-out documents", style="bold")
     evaluation = _evaluate(out / "run", str(settings.out), "holdout", "cpu", quiet=False)
     _draw(evaluation, out / "run", out / "result.png")
     (out / "result.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
     Console().print(_evaluation_table(evaluation))
-    console.print(f"done in {time.perf_counter() - started:.0f} s; look at {out / 'result.png'}", highlight=False)
+    console.print(
+        f"done in {time.perf_counter() - started:.0f} s; look at {out / 'result.png'}", highlight=False
+    )
 
 
 if __name__ == "__main__":

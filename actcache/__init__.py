@@ -10,18 +10,13 @@ Torch is imported when `open` is first used, so tools that only look at a store 
 """
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from actcache import errors
+from actcache.version import __version__
 
 if TYPE_CHECKING:
     from actcache.reader.access import Store
-
-try:
-    __version__ = version("actcache")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+source"
 
 
 def open(location: "str | os.PathLike[str]") -> "Store":

@@ -34,7 +34,9 @@ def save_overview(evaluation: Evaluation, title: str, path: Path) -> None:
     bars.set_ylim(0, max(1.05, 1.05 * max(baseline)))
     bars.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.97))
     p, alive = layer_distribution(evaluation.totals)
-    image = heat.imshow(p.numpy(), aspect="auto", cmap="magma_r", vmin=0, vmax=1, interpolation="nearest", origin="lower")
+    image = heat.imshow(
+        p.numpy(), aspect="auto", cmap="magma_r", vmin=0, vmax=1, interpolation="nearest", origin="lower"
+    )
     heat.set_yticks(list(places), [str(layer) for layer in layers])
     heat.set_ylabel("layer")
     heat.set_xlabel(f"{len(alive):,} alive latents of {evaluation.n_latents:,}, by mean layer")

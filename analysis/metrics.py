@@ -121,14 +121,18 @@ class _LayerSums:
         )
 
 
-def evaluate(sae: TrainedSAE, source: BatchSource, on_rows: Callable[[int], None] = lambda _n: None) -> Evaluation:
+def evaluate(
+    sae: TrainedSAE, source: BatchSource, on_rows: Callable[[int], None] = lambda _n: None
+) -> Evaluation:
     """Run an SAE over every row of a source (the holdout of a store, filtered as the run was).
 
     Raises:
         UsageError: the rows are of another width, or a layer has fewer than two rows to measure a variance on.
     """
     if source.width != sae.sae.width:
-        raise UsageError(f"rows are {source.width} wide and the SAE {sae.sae.width}: it was trained on another model or hook")
+        raise UsageError(
+            f"rows are {source.width} wide and the SAE {sae.sae.width}: it was trained on another model or hook"
+        )
     width, n_latents = source.width, sae.sae.n_latents
     sums = {layer: _LayerSums(width) for layer in source.layers}
     counts = torch.zeros(len(source.layers), n_latents, dtype=torch.int64)
@@ -155,10 +159,16 @@ def evaluate(sae: TrainedSAE, source: BatchSource, on_rows: Callable[[int], None
         on_rows(len(batch))
     few = [layer for layer, mine in sums.items() if mine.spread.n < 2]
     if few:
-        raise UsageError(f"layers {few} have fewer than two rows to evaluate; build the store with a larger --holdout")
+        raise UsageError(
+            f"layers {few} have fewer than two rows to evaluate; build the store with a larger --holdout"
+        )
     scores = {layer: sums[layer].scores(width, counts[i]) for i, layer in enumerate(source.layers)}
     return Evaluation(
-        layers=scores, mean=_mean(list(scores.values()), counts), n_latents=n_latents, counts=counts, totals=totals
+        layers=scores,
+        mean=_mean(list(scores.values()), counts),
+        n_latents=n_latents,
+        counts=counts,
+        totals=totals,
     )
 
 

@@ -130,6 +130,7 @@ class RunFolder:
         folder = self._checkpoints / f"step-{step:08d}"
         hint = f"remove {folder} to go on from an older checkpoint"
         state = _read_json(folder / "state.json", hint)
+        check_same({"format": (state.pop("format", None), FORMAT)}, str(folder))
         digests = state.pop("digests")
         tensors = [
             _read_tensors(folder / name, digests[name], device, hint)

@@ -17,7 +17,7 @@ from actcache.flow import Batch, BatchSource
 from trainer.checkpoint import RunFolder, check_same
 from trainer.config import TrainConfig
 from trainer.metrics import MetricsFile
-from trainer.state import TrainState
+from trainer.state import TrainState, count_steps
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class _Run:
         self.on_step = on_step
         self.metrics = MetricsFile(folder.metrics, keep_to_step=state.logged_step)
         self.waited_before = source.waited_s()
+        self._saved_step = max(folder.steps(), default=None)
         self._line_rows = state.rows
         self._line_at = perf_counter()
         self._line_waited = self.waited_before
@@ -189,9 +190,10 @@ class _Run:
         return batch
 
     def _step(self, batch: Batch, began: float) -> None:
-        state = self.state
-        saved = self.folder.steps()
-        left = f"The checkpoint of step {saved[-1]} is kept" if saved else "No checkpoint had been saved yet"
+        state, saved = self.state, self._saved_step
+        left = (
+            "No checkpoint had been saved yet" if saved is None else f"The checkpoint of step {saved} is kept"
+        )
         sums, norm = state.advance(batch, left)
         if self.on_step is not None:
             self.on_step(
@@ -226,9 +228,10 @@ class _Run:
         self._line_rows, self._line_at, self._line_waited = state.rows, now, waited
 
     def _save(self) -> None:
-        if self.state.step not in self.folder.steps():
+        if self.state.step != self._saved_step:
             self.metrics.sync()
             self.folder.save(self.state.snapshot(self.source))
+            self._saved_step = self.state.step
 
     def _finish(self) -> None:
         state = self.state
@@ -255,7 +258,7 @@ class _Run:
 
 def _fit(config: TrainConfig, source: BatchSource) -> TrainConfig:
     """The resolved configuration, with the source's layers filled in."""
-    if config.layers is not None and config.layers != source.layers:
+    if config.layers is not None and config.layers != tuple(source.layers):
         raise UsageError(
             f"config.layers is {config.layers}, the source hands out layers {source.layers}; make the source with the layers"
         )
@@ -263,7 +266,7 @@ def _fit(config: TrainConfig, source: BatchSource) -> TrainConfig:
         resolved = config.resolve(source.width)
     except ValueError as error:
         raise UsageError(f"this configuration does not fit rows of width {source.width}: {error}") from error
-    return resolved.model_copy(update={"layers": source.layers})
+    return resolved.model_copy(update={"layers": tuple(source.layers)})
 
 
 def _start_or_restore(
@@ -273,12 +276,19 @@ def _start_or_restore(
     if not steps:
         return TrainState.start(source, config, device)
     snapshot = folder.load(steps[-1], device)
-    check_same({"source": (snapshot.state["source"], source.fingerprint)}, str(folder.root))
-    if snapshot.state["threads"] != torch.get_num_threads():
+    state = snapshot.state
+    check_same(
+        {
+            "source": (state["source"], source.fingerprint),
+            "length of the source in batches": (state["total_steps"], count_steps(source, config)),
+        },
+        str(folder.root),
+    )
+    if state["threads"] != torch.get_num_threads():
         logger.warning(
             "resuming with %d threads a run that had %d: the result is the same within rounding, no longer bit for bit",
             torch.get_num_threads(),
-            snapshot.state["threads"],
+            state["threads"],
         )
     return TrainState.restore(source, config, snapshot)
 

@@ -110,6 +110,7 @@ class TrainState:
             "logged_step": self.logged_step,
             "interval": asdict(self.interval),
             "cursor": source.state_dict(),
+            "total_steps": self._total_steps,
             "source": source.fingerprint,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -149,6 +150,9 @@ class TrainState:
         """Of the next step: lr * min(1, (step + 1) / warmup_steps) * min(1, (1 - progress) / decay_frac).
 
         progress is rows / all rows where the run's length is given in rows, else steps / all steps.
+
+        Raises:
+            UsageError: the source has handed out more batches than it has.
         """
         config = self.config
         factor = min(1.0, (self.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
@@ -157,6 +161,11 @@ class TrainState:
                 progress = self.rows / config.rows
             else:
                 progress = self.step / (self._total_steps or 1)
+            if progress >= 1:
+                raise UsageError(
+                    f"step {self.step + 1} is beyond the source's length of {self._total_steps} batches; "
+                    "a source's length counts the batches of its whole order, wherever its cursor stands"
+                )
             factor *= min(1.0, (1 - progress) / config.decay_frac)
         return (config.lr or 0.0) * factor
 

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import actcache
 from actcache.errors import DamageError, UsageError
 from actcache.model import Decoder
 from actcache.producer.corpus import Corpus
@@ -34,6 +33,7 @@ from actcache.store.mixing import Mixed, mix
 from actcache.store.objects import LocalObjects
 from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.schema import Grid, ShardRecord
+from actcache.version import __version__
 
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -119,7 +119,7 @@ def build(
                 captures,
                 tokenizer,
                 corpus,
-                version=actcache.__version__,
+                version=__version__,
                 on_tokens=reporter.on_tokens,
                 on_forecast=reporter.on_forecast,
                 on_operation=on_operation,
@@ -181,7 +181,7 @@ class _Filler:
         self._reporter, self._batch_size = reporter, batch_size
         self._committers = {
             name: ShardCommitter(
-                disk, catalog.objects, found.capture, found.arrays, pool, actcache.__version__, self._where
+                disk, catalog.objects, found.capture, found.arrays, pool, __version__, self._where
             )
             for name, found in catalog.captures.items()
         }

@@ -204,9 +204,8 @@ def _convert(source: Path, out: Path) -> None:
 
 
 def _make_config(fields: dict[str, Any]) -> LlamaConfig:
-    rope: Any = {
-        "rope_theta": float(fields["llama.rope.freq_base"])
-    }  # the name that transformers 4 and 5 both read
+    # "rope_theta" is the name that transformers 4 and 5 both read.
+    rope: Any = {"rope_theta": float(fields["llama.rope.freq_base"])}
     config = LlamaConfig(
         vocab_size=fields["llama.vocab_size"],
         hidden_size=fields["llama.embedding_length"],
@@ -221,7 +220,7 @@ def _make_config(fields: dict[str, Any]) -> LlamaConfig:
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
         pad_token_id=fields["tokenizer.ggml.padding_token_id"],
         dtype="bfloat16",
-        rope_theta=float(fields["llama.rope.freq_base"]),  # the name every version of transformers reads
+        **rope,
     )
     config.architectures = ["LlamaForCausalLM"]
     return config

@@ -49,6 +49,17 @@ def test_sparse_equals_the_oracle_with_all_gradients(shape, n_aux, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_all_of_the_dead_selected():
+    z, w_enc, bias = problem(20, 6, 30)
+    w_dec = problem(20, 6, 30, seed=1)[1]
+    dead = torch.tensor([1, 4, 5, 28])
+    code, out, aux, grads = run(sparse, z, w_enc, bias, w_dec, 3, dead, 4)
+    _, out_ref, aux_ref, grads_ref = run(reference, z, w_enc, bias, w_dec, 3, dead, 4)
+    assert torch.equal(code.aux_indices, dead.expand(20, 4))
+    for mine, theirs in zip((out, aux, *grads), (out_ref, aux_ref, *grads_ref), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("n_aux", [0, 3])
 def test_gradcheck(n_aux):
     z, w_enc, bias = problem(5, 4, 9, seed=3)

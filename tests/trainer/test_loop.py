@@ -295,6 +295,40 @@ def test_decay_needs_an_end(tmp_path):
     assert train(random_source(kind=EndlessSource), config_of(rows=64), tmp_path / "c").rows == 64
 
 
+class ShrinkingSource(ListSource):
+    """Its length is what is left, as some loaders have it."""
+
+    def __len__(self):
+        return super().__len__() - self._next
+
+    def __iter__(self):
+        for i, batch in enumerate(random_source()):
+            self._next = i + 1
+            yield batch
+
+
+def test_a_length_that_is_not_the_whole_order_is_found(tmp_path):
+    source = random_source(kind=ShrinkingSource)
+    train(source, config_of(epochs=1), tmp_path, stop=StopAt(2))
+    with pytest.raises(PlanMismatchError, match="length of the source in batches: 7 there, 5 now"):
+        train(source, config_of(epochs=1), tmp_path, resume=True)
+
+
+class LongerSource(ListSource):
+    """Hands out more batches than its length."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(random_source())
+
+
+def test_more_batches_than_the_length(tmp_path):
+    with pytest.raises(UsageError, match="step 4 is beyond the source's length of 3 batches"):
+        train(random_source(kind=LongerSource), config_of(epochs=1), tmp_path)
+
+
 def test_layers_must_be_those_of_the_source(tmp_path):
     with pytest.raises(UsageError, match=r"\(2,\), the source hands out layers \(2, 5\)"):
         train(random_source(), config_of(rows=64, layers=(2,)), tmp_path)
