@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -97,14 +97,25 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.0f} {self._unit}/s" if task.speed else f"- {self._unit}/s")
 
 
-def _progress(unit: str, *, quiet: bool) -> Progress:
-    return Progress(
+class _Progress(Progress):
+    """Bars with a rate and an estimate of the end, and below them a line of news."""
+
+    news = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bars, then the news."""
+        yield from super().get_renderables()
+        if self.news:
+            yield Text(self.news, style="dim")
+
+
+def _progress(unit: str, *, quiet: bool) -> _Progress:
+    return _Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _Rate(unit),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
         console=console,
         disable=quiet,
     )
@@ -268,8 +279,8 @@ def _build(
     from actcache.producer.build import Reporter, build
 
     with _progress("tok", quiet=quiet) as progress:
-        planning = progress.add_task("tokenise", total=settings.n_tokens, note="")
-        running = progress.add_task("activations", total=None, note="", visible=False)
+        planning = progress.add_task("tokenise", total=settings.n_tokens)
+        running = progress.add_task("activations", total=None, visible=False)
 
         def started(n_done: int, n_tokens: int) -> None:
             progress.update(planning, visible=False)
@@ -378,6 +389,8 @@ def _said(value: Any) -> str:
 
 
 def _facts(catalog: "Catalog") -> dict[str, Any]:
+    import numpy as np
+
     plan, grid = catalog.plan, catalog.grid
     request = plan.request
     stored = int(catalog.shards.stored.sum())
@@ -389,7 +402,7 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
         disk = sum(found.record(s).rows_bytes for s in committed)
         raw = rows * len(found.capture.layers) * found.capture.width * itemsize
         totals = [found.side("totals", s)[0] for s in committed]
-        kept = sum(t[:, 0] for t in totals) if totals else []
+        n_kept, norm_sum = (sum(t[:, i] for t in totals) for i in (0, 1))
         captures[name] = {
             "hook": found.capture.hook,
             "layers": list(found.capture.layers),
@@ -400,14 +413,8 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
             "complete": len(committed) == grid.n_shards,
             "rows_bytes": disk,
             "ratio": round(raw / disk, 3) if disk else None,
-            "norm_mean": [round(float(x), 2) for x in sum(t[:, 1] for t in totals) / kept]
-            if totals
-            else None,
-            "norm_max": [
-                round(float(max(t[i, 3] for t in totals)), 1) for i in range(len(found.capture.layers))
-            ]
-            if totals
-            else None,
+            "norm_mean": np.round(norm_sum / n_kept, 2).tolist() if totals else None,
+            "norm_max": np.round(np.max([t[:, 3] for t in totals], axis=0), 1).tolist() if totals else None,
             "digest": found.capture.digest,
         }
     return {
@@ -446,7 +453,7 @@ def verify(
     catalog = open_catalog(store)
     committed = {name: len(found.committed()) for name, found in catalog.captures.items()}
     with _progress("shards", quiet=as_json) as progress:
-        task = progress.add_task("verify", total=catalog.grid.n_shards + sum(committed.values()), note="")
+        task = progress.add_task("verify", total=catalog.grid.n_shards + sum(committed.values()))
         problems = find_problems(catalog, threads, lambda: progress.advance(task))
     if as_json:
         report = {"store": store, "shards": catalog.grid.n_shards, "committed": committed}
@@ -600,8 +607,8 @@ def _train(
             "actcache_version": actcache.__version__,
         }
         with _progress("rows", quiet=quiet) as progress, _stop_on_signals() as stop:
-            task = progress.add_task("train", total=n_total, note="")
-            watch = _step_watcher(progress, task)
+            task = progress.add_task("train", total=n_total)
+            watch = _step_watcher(progress, task, config.resolve(source.width).n_latents or 1)
             summary = train(
                 source,
                 config,
@@ -640,18 +647,20 @@ def _print_selection(store: Any, source: "Stream", selection: dict[str, Any]) ->
     )
 
 
-def _step_watcher(progress: Progress, task: Any) -> Callable[["StepReport"], None]:
+def _step_watcher(progress: _Progress, task: Any, n_latents: int) -> Callable[["StepReport"], None]:
     started = time.perf_counter()
     is_first = True
 
     def watch(report: "StepReport") -> None:
         nonlocal is_first
         waited = 100 * report.waited_s / max(time.perf_counter() - started, 1e-9)
-        note = f"loss {report.loss:.3f}  dead {report.n_dead:,}  waiting {waited:.0f} %"
-        progress.update(task, completed=report.rows, note=note)
-        if is_first:
-            progress.reset(task, completed=report.rows, total=progress.tasks[0].total, note=note)
+        fvu = "  ".join(f"{layer}: {value:.3f}" for layer, value in report.train_fvu.items())
+        dead = 100 * report.n_dead / n_latents
+        progress.news = f"loss {report.loss:.4f}, dead {dead:.1f} %, waiting for data {waited:.1f} %\nFVU per layer  {fvu}"
+        if is_first:  # what an earlier call trained is not this one's speed
+            progress.reset(task, completed=report.rows)
             is_first = False
+        progress.update(task, completed=report.rows)
 
     return watch
 
@@ -683,7 +692,7 @@ def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool)
     from analysis.metrics import evaluate
     from trainer.checkpoint import load_sae
 
-    sae = load_sae(run, device)
+    sae = load_sae(run, device=device)
     selection = {**sae.provenance.get("selection", {}), "memory": None}
     if "window_rows" not in selection:
         raise UsageError(
@@ -695,12 +704,12 @@ def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool)
             f"{run} was trained on activations of {sae.provenance['model']['name']}, {location} holds those of "
             f"{store.plan.request.model.name} (other weights)"
         )
-    with _stream(
-        store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32
-    ) as source:
-        with _progress("rows", quiet=quiet) as progress:
-            task = progress.add_task("evaluate", total=source.n_rows, note="")
-            return evaluate(sae, source, lambda n: progress.advance(task, n))
+    with (
+        _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32) as source,
+        _progress("rows", quiet=quiet) as progress,
+    ):
+        task = progress.add_task("evaluate", total=source.n_rows)
+        return evaluate(sae, source, lambda n: progress.advance(task, n))
 
 
 def _draw(evaluation: "Evaluation", run: Path, path: Path) -> None:
@@ -780,7 +789,7 @@ def demo(
     )
     del decoder
     console.print("3/4 train one SAE on all of them", style="bold")
-    config = TrainConfig(expansion=8, k=32, batch_rows=4096, lr=1e-3, epochs=4, warmup_steps=20)
+    config = TrainConfig(expansion=8, k=32, batch_rows=4096, lr=1e-3, epochs=3, warmup_steps=20)
     selection = {
         "hook": None,
         "layers": None,

@@ -65,7 +65,10 @@ def fast_disk():
 def read_texts(n_documents: int, n_characters: int) -> list[str]:
     """The beginnings of the first speeches."""
     with (ASSETS / "text" / "sotu.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line)["text"][:n_characters] for line, _ in zip(lines, range(n_documents), strict=False)]
+        return [
+            json.loads(line)["text"][:n_characters]
+            for line, _ in zip(lines, range(n_documents), strict=False)
+        ]
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -130,7 +133,12 @@ class Kit:
 
     def build(self, settings: Settings, decoder: Decoder | None = None, **options):
         return build(
-            settings, decoder or make_decoder(), self.tokenizer, self.corpus, corpus_name="speeches", **options
+            settings,
+            decoder or make_decoder(),
+            self.tokenizer,
+            self.corpus,
+            corpus_name="speeches",
+            **options,
         )
 
 
@@ -226,7 +234,9 @@ def random_acts(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) ->
     return values.astype(disk_dtype(dtype))
 
 
-def make_grid(n_sequences: int, seq_len: int, per_shard: int, rows_per_chunk: int, n_holdout_shards: int) -> Grid:
+def make_grid(
+    n_sequences: int, seq_len: int, per_shard: int, rows_per_chunk: int, n_holdout_shards: int
+) -> Grid:
     return Grid(
         seq_len=seq_len,
         n_sequences=n_sequences,
@@ -251,7 +261,9 @@ def _request(grid: Grid, width: int, n_layers: int, seed: int) -> Request:
             compute_dtype="float32",
             digest=nothing,
         ),
-        tokenizer=TokenizerRecord(digest=nothing, vocab_size=1000, separator_id=0, bos_id=None, special_ids=(0,)),
+        tokenizer=TokenizerRecord(
+            digest=nothing, vocab_size=1000, separator_id=0, bos_id=None, special_ids=(0,)
+        ),
         corpus=CorpusRecord(name="arrays", text_column="text", files=()),
         n_tokens=None,
         seq_len=grid.seq_len,
@@ -301,7 +313,9 @@ def write_store(
     grid = make_grid(n_sequences, seq_len, per_shard, rows_per_chunk, n_holdout_shards)
     shape = (n_sequences, seq_len)
     tokens = rng.integers(1, 1000, shape, dtype=np.uint32)
-    document = np.arange(n_sequences, dtype=np.uint32)[:, None] // 2 * 10 + (np.arange(seq_len, dtype=np.uint32) > seq_len // 2)
+    document = np.arange(n_sequences, dtype=np.uint32)[:, None] // 2 * 10 + (
+        np.arange(seq_len, dtype=np.uint32) > seq_len // 2
+    )
     keep = rng.random(shape) >= drop
     for end in {grid.n_holdout_sequences, n_sequences} - {0}:
         at = slice(max(0, end * seq_len - n_padding), end * seq_len)
@@ -328,7 +342,9 @@ def write_store(
                     digest="0" * 64,
                 ),
                 grid=grid,
-                sequences_of=lambda s: ShardSequences(*(a[_rows_of(grid, s)] for a in (tokens, document, keep))),
+                sequences_of=lambda s: ShardSequences(
+                    *(a[_rows_of(grid, s)] for a in (tokens, document, keep))
+                ),
                 captures=captures,
                 on_shard=lambda: None,
             )
@@ -349,7 +365,13 @@ def commit_shards(truth: Truth, shards: Sequence[int], on_operation=None) -> Non
     ):
         for name, found in catalog.captures.items():
             committer = ShardCommitter(
-                disk, catalog.objects, found.capture, found.arrays, pool, "test", lambda s, r: f"shard {s}, row {r}"
+                disk,
+                catalog.objects,
+                found.capture,
+                found.arrays,
+                pool,
+                "test",
+                lambda s, r: f"shard {s}, row {r}",
             )
             for shard in shards:
                 committer.commit(shard, catalog.shards.records[shard], mixed_rows(truth, shard, name))

