@@ -283,12 +283,13 @@ class Stream:
             skipped = first_slot if window == first_window else 0
             n_carried = 0 if carried is None else carried.n_slots
             part = self._part(epoch, window, skipped, carried)
+            carried = None  # lets go of the window before
             takes_rest = window == n_windows - 1 and not self.selection.drop_last
             at = 0
             while part.n_slots - at >= size or (takes_rest and at < part.n_slots):
                 end = min(at + size, part.n_slots)
+                self._read_ahead(epoch, window)  # may raise: the cursor is still before this batch
                 self._cursor = Cursor(epoch, window, skipped + end - n_carried)
-                self._read_ahead(epoch, window)
                 yield self._batch(part.cut(at, end))
                 at = end
             carried = part.cut(at, part.n_slots) if at < part.n_slots else None
@@ -318,6 +319,7 @@ class Stream:
 
     def _fill(self, epoch: int, window: int) -> Fill:
         """The fill of a window: the one read ahead, or one started now in whatever buffer it takes."""
+        self._check_process()
         found = self._fills.pop((epoch, window), None)
         if found is not None:
             return found
@@ -325,20 +327,24 @@ class Stream:
         assert buffer is not None
         return self._start(buffer, epoch, window)
 
-    def _start(self, buffer: NDArray[Any], epoch: int, window: int) -> Fill:
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise UsageError(
                 "this stream was opened in another process: its threads did not survive the fork. Open the store in "
                 "the process that reads it (a DataLoader needs num_workers=0, or a 'spawn' context)."
             )
+
+    def _start(self, buffer: NDArray[Any], epoch: int, window: int) -> Fill:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.delivery.threads, thread_name_prefix="actcache-stream")
         return Fill(buffer, self.selection.batch_size, lambda: self._lay_out(epoch, window), self._pool)
 
     def _read_ahead(self, epoch: int, window: int) -> None:
         """Start the window after this one where a buffer is free; raise what went wrong in one already started."""
-        for fill in self._fills.values():
+        self._check_process()
+        for key, fill in list(self._fills.items()):
             if fill.error is not None:
+                del self._fills[key]  # whoever iterates again tries it again
                 raise fill.error
         following = (epoch, window + 1) if window + 1 < self._order(epoch).n_windows else (epoch + 1, 0)
         if following in self._fills or following[0] == self.delivery.epochs:
@@ -380,14 +386,14 @@ class Stream:
         return np.delete(rows, dropped[a:z] - start) if z > a else rows
 
     def _batch(self, part: _Part) -> Batch:
-        rows = part.rows.view(_TORCH_DTYPES[self._catalog.capture.dtype])
+        rows, row = part.rows.view(_TORCH_DTYPES[self._catalog.capture.dtype]), part.row
         rows = rows.to(
             device=self.delivery.device, dtype=self.delivery.dtype or rows.dtype, non_blocking=True
         )
         return Batch(
             rows,
             torch.from_numpy(part.layer).to(self.delivery.device),
-            lookup=lambda name: torch.from_numpy(self._provenance.look_up(name, part.row)).to(
+            lookup=lambda name: torch.from_numpy(self._provenance.look_up(name, row)).to(
                 self.delivery.device
             ),
         )

@@ -29,7 +29,7 @@ class BufferPool:
     def __init__(self, n_rows: int, width: int, dtype: np.dtype[Any]) -> None:
         self._shape, self._dtype = (n_rows, width), dtype
         self._free: list[NDArray[Any]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may give a buffer back in the middle of `take`
         self.n_allocated = 0
 
     @property

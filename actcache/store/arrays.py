@@ -77,12 +77,16 @@ def encode_strings(texts: Sequence[str]) -> bytes:
 
 def decode_strings(data: bytes) -> list[str]:
     """The strings of an object; ValueError where the bytes are not such an object."""
-    if len(data) < 4:
-        raise ValueError(f"{len(data)} bytes cannot be a string object")
+    n_strings = int.from_bytes(data[:4], "little")
+    if len(data) < 4 + 4 * n_strings or not data:  # before anything of that many items is made
+        raise ValueError(f"{len(data)} bytes cannot be an object of {n_strings} strings")
     try:
-        return [str(text) for text in numcodecs.VLenUTF8().decode(data)]
+        texts = [str(text) for text in numcodecs.VLenUTF8().decode(data)]
     except (UnicodeDecodeError, RuntimeError) as error:
         raise ValueError(str(error)) from error
+    if encode_strings(texts) != data:
+        raise ValueError("its bytes are not those of the strings in it")
+    return texts
 
 
 def disk_dtype(logical: str) -> np.dtype[Any]:

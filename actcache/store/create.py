@@ -3,6 +3,7 @@
 A plan is staged in a folder beside its final place and given its name in one step, so it is there or it is not.
 """
 
+import glob
 import hashlib
 import secrets
 import shutil
@@ -23,7 +24,7 @@ from actcache.store.arrays import (
     plan_arrays,
 )
 from actcache.store.codec import crc32c
-from actcache.store.disk import WORK_DIR, Disk, is_abandoned, publish
+from actcache.store.disk import Disk, publish, remove_abandoned
 from actcache.store.metadata import array_json, group_json
 from actcache.store.mixing import mix
 from actcache.store.open import capture_attributes, plan_attributes, shards_digest
@@ -67,16 +68,16 @@ def staging(final: Path, on_operation: OnOperation | None) -> Iterator[Disk]:
     Folders that dead processes left are removed first. FileExistsError when `final` was taken meanwhile.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(f"{final.name}.planning-*"):
-        if all(is_abandoned(w) for w in (left / WORK_DIR).glob("*")):
-            shutil.rmtree(left)
-    disk = Disk(final.parent / f"{final.name}.planning-{secrets.token_hex(8)}", on_operation)
+    for left in final.parent.glob(f"{glob.escape(final.name)}.planning-{'[0-9a-f]' * 16}"):
+        remove_abandoned(left)
+    staged = final.parent / f"{final.name}.planning-{secrets.token_hex(8)}"
+    disk = Disk(staged, on_operation)
     try:
         with disk:
             yield disk
             publish(disk, final)
     except Exception:
-        shutil.rmtree(disk.root, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)  # not disk.root: after the rename that is the store itself
         raise
 
 

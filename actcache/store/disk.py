@@ -53,7 +53,10 @@ class Writer:
         self._disk, self._key = disk, key
         self._temporary = disk.workspace / f"{secrets.token_hex(8)}.partial"
         disk.announce("open", key)
-        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except OSError as error:
+            raise _explained(error, disk.root / key) from error
         self.n_bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -75,13 +78,13 @@ class Writer:
             os.fsync(self._fd)
             self._disk.announce("link", self._key)
             os.link(self._temporary, final)
+            is_new = True
         except FileExistsError:
-            return False
+            is_new = False
         except OSError as error:
             raise _explained(error, final) from error
-        self._disk.announce("fsync directory", self._key)
-        _sync_dir(final.parent)
-        return True
+        self._disk.settle(self._key)  # even of another's object: it may have died before it could
+        return is_new
 
     def close(self) -> None:
         """Remove the temporary name. Called whatever happened."""
@@ -132,9 +135,14 @@ class Disk:
 
     def __enter__(self) -> Self:
         self.announce("mkdir", WORK_DIR)
-        while self._lock_fd is None:  # another process may sweep the folder between the two steps
-            self.workspace.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = _try_lock(self.workspace / _LOCK)
+        while self._lock_fd is None:  # another process may remove any of the folders between the steps
+            try:
+                self.workspace.mkdir(parents=True, exist_ok=True)
+                self._lock_fd = _try_lock(self.workspace / _LOCK)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise _explained(error, self.workspace) from error
         return self
 
     def __exit__(
@@ -151,9 +159,12 @@ class Disk:
         """Remove the workspaces of dead processes; returns how many. Those of living ones are left alone."""
         n_swept = 0
         for other in sorted((self.root / WORK_DIR).glob("*")):
-            if other != self.workspace and is_abandoned(other):
-                self.announce("sweep", other.name)
-                shutil.rmtree(other, ignore_errors=True)
+            if other != self.workspace and (fd := _try_lock(other / _LOCK)) is not None:
+                try:
+                    self.announce("sweep", other.name)
+                    shutil.rmtree(other, ignore_errors=True)
+                finally:
+                    os.close(fd)
                 n_swept += 1
         return n_swept
 
@@ -163,8 +174,11 @@ class Disk:
         missing = [p for p in (path, *path.parents) if not p.exists()]
         for folder in reversed(missing):
             self.announce("mkdir", key)
-            folder.mkdir(exist_ok=True)
-            _sync_dir(folder.parent)
+            try:
+                folder.mkdir(exist_ok=True)
+                _sync_dir(folder.parent)
+            except OSError as error:
+                raise _explained(error, folder) from error
 
     def create(self, key: str, data: bytes | Iterable[bytes]) -> bool:
         """Create one object exclusively and durably; False when it is there already."""
@@ -172,6 +186,11 @@ class Disk:
             for part in [data] if isinstance(data, bytes) else data:
                 writer.write(part)
             return writer.commit()
+
+    def settle(self, key: str) -> None:
+        """Make the name of an object durable."""
+        self.announce("fsync directory", key)
+        _sync_dir((self.root / key).parent)
 
     def remove(self, key: str) -> None:
         """Remove an object that no commit covers."""
@@ -188,13 +207,33 @@ def _remove_if_empty(folder: Path) -> None:
             raise
 
 
-def is_abandoned(workspace: Path) -> bool:
-    """Whether no living process holds this workspace."""
-    fd = _try_lock(workspace / _LOCK)
-    if fd is None:
-        return not workspace.exists()
-    os.close(fd)
-    return True
+def remove_abandoned(root: Path) -> None:
+    """Remove a folder that was being staged, unless a living process holds a workspace in it.
+
+    The locks are held meanwhile: a process that is just making its workspace waits, and then makes it again.
+    """
+    held: list[int] = []
+    try:
+        for workspace in (root / WORK_DIR).glob("*"):
+            fd = _try_lock(workspace / _LOCK)
+            if fd is None:
+                return
+            held.append(fd)
+        if held or any(name != WORK_DIR for name in _names(root)):
+            shutil.rmtree(root, ignore_errors=True)
+        else:  # empty: either abandoned at birth or just being born, so nothing may go that has something in it
+            for folder in (root / WORK_DIR, root):
+                _remove_if_empty(folder)
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def publish(staged: Disk, final: Path) -> None:

@@ -102,6 +102,7 @@ class ShardCommitter:
         found = self.rows_on_disk(shard, planned)
         if found is None:
             return None
+        self._disk.settle(self._arrays["rows"].key(0, shard, 0))
         return self._record(shard, found[1], self._statistics(shard, planned, found[0]))
 
     def _statistics(self, shard: int, planned: PlannedShard, rows: NDArray[Any]) -> ShardStatistics:

@@ -45,7 +45,7 @@ def shards_digest(texts: list[str]) -> str:
 def _attributes(objects: Objects, key: str, what: str) -> dict[str, Any]:
     try:
         document = json.loads(objects.read(f"{key}zarr.json"))
-        found = document["attributes"][ATTRIBUTE]
+        found = dict(document["attributes"][ATTRIBUTE])
     except FileNotFoundError as error:
         raise NotFoundError(
             f"no {what} at {objects.url}: there is no {key}zarr.json. If a build was stopped while it was still "
@@ -207,8 +207,8 @@ class Catalog:
                 ) from error
             except ValueError as error:
                 raise DamageError(f"{key} in {self.objects.url} cannot be read: {error}") from error
-        texts = texts[: self.grid.n_shards]
-        if shards_digest(texts) != self.plan.shards_digest:
+        texts, padding = texts[: self.grid.n_shards], texts[self.grid.n_shards :]
+        if shards_digest(texts) != self.plan.shards_digest or any(padding):
             raise DamageError(
                 f"the shard table {spec.path}/ in {self.objects.url} does not match the plan: it was altered."
             )
