@@ -9,7 +9,7 @@
 Threads, memory, read-ahead, ranks and restarts appear nowhere here, so they cannot change it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,22 +107,27 @@ class Arrangement(NamedTuple):
 
 def arrange(key: int, n_rows: I64, partition: I64, partitions: int) -> Arrangement:
     """Permute the rows of each partition and merge the partitions by virtual time. O(n log n), no Python per row."""
-    total = int(n_rows.sum())
-    row_partition = np.repeat(partition, n_rows).astype(np.int64)
-    # Hash in the upper bits, partition above it, row number below: unique keys, so any sort gives the same answer.
-    row_bits, partition_bits = max(1, total.bit_length()), max(1, partitions.bit_length())
-    hash_bits = 64 - row_bits - partition_bits
-    rows = np.arange(total, dtype=np.uint64)
-    hashed = keyed.hash_u64(key, rows) >> np.uint64(64 - hash_bits)
-    sort_key = row_partition.astype(np.uint64) << np.uint64(64 - partition_bits)
-    sort_key = np.sort(sort_key | (hashed << np.uint64(row_bits)) | rows)
-    by_partition = (sort_key & np.uint64((1 << row_bits) - 1)).astype(np.int64)
-    counts = np.bincount(row_partition, minlength=partitions)
-    rank = np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    time = (2 * rank + 1) / np.repeat(2 * counts, counts)
-    merged = np.argsort(time, kind="stable")
-    slot: NDArray[Any] = np.empty(total, dtype=np.int64)
-    slot[by_partition[merged]] = np.arange(total)
+    total, starts = int(n_rows.sum()), np.cumsum(n_rows) - n_rows
+    # Hash in the upper bits, row number below: unique keys, so any sort gives the same answer.
+    row_bits = np.uint64(max(1, total.bit_length()))
+    row_mask = (np.uint64(1) << row_bits) - np.uint64(1)
+    hash_shift = np.uint64(row_bits + np.uint64(max(1, partitions.bit_length())))
+    keys = ((keyed.hash_u64(key, np.arange(total)) >> hash_shift) << row_bits) | np.arange(
+        total, dtype=np.uint64
+    )
+    permuted, times = [], []
+    for p in range(partitions):
+        mine = np.flatnonzero(partition == p)
+        own = np.concatenate([keys[:0], *(keys[starts[m] : starts[m] + n_rows[m]] for m in mine)])
+        own.sort()
+        permuted.append(own & row_mask)
+        times.append(np.arange(1, 2 * len(own), 2) / (2 * max(1, len(own))))
+    merged = np.argsort(
+        np.concatenate(times), kind="stable"
+    )  # equal times stay in the order of their partitions
+    slot = np.empty(total, dtype=np.int64)
+    slot[np.concatenate(permuted)[merged].astype(np.int64)] = np.arange(total)
+    counts = [len(own) for own in permuted]
     return Arrangement(slot, np.repeat(np.arange(partitions, dtype=np.int16), counts)[merged])
 
 

@@ -337,7 +337,13 @@ class Stream:
     def _start(self, buffer: NDArray[Any], epoch: int, window: int) -> Fill:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.delivery.threads, thread_name_prefix="actcache-stream")
-        return Fill(buffer, self.selection.batch_size, lambda: self._lay_out(epoch, window), self._pool)
+        return Fill(
+            buffer,
+            self.selection.batch_size,
+            lambda: self._lay_out(epoch, window),
+            self._pool,
+            chunk_bytes=self._catalog.arrays["rows"].codec.n_bytes,
+        )
 
     def _read_ahead(self, epoch: int, window: int) -> None:
         """Start the window after this one where a buffer is free; raise what went wrong in one already started."""
@@ -411,6 +417,8 @@ class Stream:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+        if self._catalog.files is not None:
+            self._catalog.files.close()
 
     def __enter__(self) -> Self:
         return self

@@ -21,6 +21,7 @@ from actcache.store.shard import ShardReader
 
 _CHUNKS_PER_JOB = 4
 _LIVENESS_S = 5.0
+_READ_AHEAD_BYTES = 16 << 20
 
 
 class BufferPool:
@@ -94,6 +95,8 @@ class Fill:
         head: int,
         lay_out: Callable[[], Layout],
         pool: ThreadPoolExecutor,
+        *,
+        chunk_bytes: int,
     ) -> None:
         self.rows: Tensor = torch.from_numpy(view)
         self.head = head
@@ -104,34 +107,40 @@ class Fill:
         self._lock = threading.Lock()
         self._n_jobs = 0
         self.error: BaseException | None = None
+        self._n_ahead = max(1, _READ_AHEAD_BYTES // chunk_bytes)
         pool.submit(self._open)
 
     def _open(self) -> None:
         try:
             layout = self._lay_out()
             self.layout = layout
-            jobs = [
-                layout.sources[i : i + _CHUNKS_PER_JOB]
-                for i in range(0, len(layout.sources), _CHUNKS_PER_JOB)
-            ]
-            self._n_jobs = len(jobs)
-            if not jobs:
+            starts = range(0, len(layout.sources), _CHUNKS_PER_JOB)
+            self._n_jobs = len(starts)
+            if not starts:
                 self._finish()
-            for job in jobs:
-                self._pool.submit(self._scatter, job)
+            self._will_need(layout.sources[: self._n_ahead])
+            for start in starts:
+                self._pool.submit(self._scatter, layout.sources, start)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             self._fail(error)
 
-    def _scatter(self, job: list[Source]) -> None:
+    def _will_need(self, sources: list[Source]) -> None:
+        for source in sources:
+            source.reader.will_need(source.layer_i, source.chunk)
+
+    def _scatter(self, sources: list[Source], start: int) -> None:
+        """Decode a few chunks to their place, and have those `_READ_AHEAD_BYTES` further on read meanwhile."""
         try:
             array = self._array
             if array is None:
                 return
-            target = array[self.head :]
-            for source in job:
+            target, scratch = array[self.head :], None
+            self._will_need(sources[start + self._n_ahead : start + self._n_ahead + _CHUNKS_PER_JOB])
+            for source in sources[start : start + _CHUNKS_PER_JOB]:
                 if self.error is not None:
                     return
-                rows = source.reader.read(source.layer_i, source.chunk)
+                rows = source.reader.read(source.layer_i, source.chunk, scratch)
+                scratch = rows if rows.flags.writeable else None
                 target[source.slots] = rows if len(source.rows) == len(rows) else rows[source.rows]
             with self._lock:
                 self._n_jobs -= 1

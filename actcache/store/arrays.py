@@ -70,6 +70,15 @@ class ArraySpec:
         return out
 
 
+def checksum(data: bytes) -> tuple[int, int]:
+    """Bytes and crc32c of an unsharded object of numbers, as the plan and the ledger hold them.
+
+    The crc32c is over all but the object's own trailer: over both it would be one and the same number for every
+    object, and objects of equal length could change places unnoticed.
+    """
+    return len(data), crc32c(memoryview(data)[:-CRC_BYTES])
+
+
 def encode_strings(texts: Sequence[str]) -> bytes:
     """The bytes of an object of a Zarr `string` array (vlen-utf8)."""
     return bytes(numcodecs.VLenUTF8().encode(np.array(list(texts), dtype=object)))

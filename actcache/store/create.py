@@ -20,10 +20,10 @@ from actcache.store.arrays import (
     PER_SHARD_PLAN_ARRAYS,
     ArraySpec,
     capture_arrays,
+    checksum,
     encode_strings,
     plan_arrays,
 )
-from actcache.store.codec import crc32c
 from actcache.store.disk import Disk, publish, remove_abandoned
 from actcache.store.metadata import array_json, group_json
 from actcache.store.mixing import mix
@@ -104,7 +104,7 @@ def _plan_shard(
         spec = arrays[name]
         data = spec.encode(values[name])
         disk.create(spec.key(shard, *(0,) * (len(spec.shape) - 1)), data)
-        objects[name] = (len(data), crc32c(data))
+        objects[name] = checksum(data)
     return PlannedShard(kept=mixed.kept, stored=mixed.stored, objects=objects)
 
 

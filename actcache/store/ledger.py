@@ -14,8 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import DamageError, NonFiniteError
-from actcache.store.arrays import SIDE_ARRAYS, ArraySpec, decode_strings, encode_strings, side_key
-from actcache.store.codec import crc32c
+from actcache.store.arrays import (
+    SIDE_ARRAYS,
+    ArraySpec,
+    checksum,
+    decode_strings,
+    encode_strings,
+    side_key,
+)
 from actcache.store.disk import Disk
 from actcache.store.objects import Objects
 from actcache.store.schema import FORMAT, Capture, PlannedShard, Producer, ShardRecord, canonical
@@ -85,7 +91,7 @@ class ShardCommitter:
         reader = ShardReader(self._objects, key, chunks, spec.codec, (r, width))
         rows = np.empty((n_layers, chunks.length.shape[1] * r, width), spec.dtype)
         for layer_i, c in np.ndindex(chunks.length.shape):
-            reader.read(layer_i, c, out=rows[layer_i, c * r : (c + 1) * r])
+            rows[layer_i, c * r : (c + 1) * r] = reader.read(layer_i, c)
         return rows[:, : planned.stored], chunks
 
     def commit(self, shard: int, planned: PlannedShard, rows: NDArray[Any]) -> ShardRecord:
@@ -152,7 +158,7 @@ class ShardCommitter:
             if there != data:
                 there = self._checked(spec, key, there, shaped)
             data = there
-        return len(data), crc32c(data)
+        return checksum(data)
 
     def _checked(self, spec: ArraySpec, key: str, data: bytes, values: NDArray[Any]) -> bytes:
         """Bytes of a side object another process made from the same rows: equal up to rounding, or an error."""

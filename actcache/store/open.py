@@ -15,13 +15,15 @@ from actcache.store.arrays import (
     SIDE_ARRAYS,
     ArraySpec,
     capture_arrays,
+    checksum,
     decode_strings,
     plan_arrays,
     side_key,
 )
-from actcache.store.codec import crc32c
+from actcache.store.codec import CRC_BYTES
 from actcache.store.ledger import ledger_key, parse_record
-from actcache.store.objects import Objects, open_objects
+from actcache.store.mapped import MappedFiles
+from actcache.store.objects import LocalObjects, Objects, open_objects
 from actcache.store.schema import FORMAT, Capture, Plan, PlannedShard, ShardRecord, digest_of
 from actcache.store.shard import Chunks, ShardReader
 
@@ -88,6 +90,7 @@ class CaptureCatalog:
         self.arrays = capture_arrays(plan.grid, capture)
         self._records: dict[int, ShardRecord] = {}
         self._readers: dict[int, ShardReader] = {}
+        self.files = MappedFiles(objects.root) if isinstance(objects, LocalObjects) else None
 
     def committed(self) -> list[int]:
         """Committed shards, ascending. Looks at the store every time it is called."""
@@ -129,7 +132,10 @@ class CaptureCatalog:
             assert spec.inner is not None
             chunks = Chunks.from_table(record.chunks, len(self.capture.layers))
             key = spec.key(0, shard, 0)
-            self._readers[shard] = ShardReader(self.objects, key, chunks, spec.codec, spec.inner[1:])  # type: ignore[arg-type]
+            _one, rows_per_chunk, width = spec.inner
+            self._readers[shard] = ShardReader(
+                self.objects, key, chunks, spec.codec, (rows_per_chunk, width), files=self.files
+            )
         return self._readers[shard]
 
     def side(self, name: str, shard: int) -> NDArray[Any]:
@@ -168,7 +174,7 @@ def object_problem(data: bytes, expected: tuple[int, int]) -> str | None:
     """What is wrong with an object's bytes, or None."""
     if len(data) != expected[0]:
         return f"holds {len(data)} bytes where {expected[0]} were written"
-    if crc32c(data) != expected[1]:
+    if checksum(data) != expected or data[-CRC_BYTES:] != expected[1].to_bytes(CRC_BYTES, "little"):
         return "does not match the crc32c that was written down for it"
     return None
 

@@ -156,7 +156,7 @@ class Plan(Record):
 class PlannedShard(Record):
     """The plan's own facts of one shard: how many rows are kept and stored, and its plan objects.
 
-    objects: array name -> (bytes on disk, crc32c of those bytes).
+    objects: array name -> (bytes on disk, crc32c of all of them but the trailer of 4).
     """
 
     kept: int

@@ -1,9 +1,10 @@
 """Checking a store, byte by byte, against its plan and ledger. Finds every problem, not just the first."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,13 @@ from actcache.errors import ActcacheError
 from actcache.store.arrays import PER_SHARD_PLAN_ARRAYS, SIDE_ARRAYS, side_key
 from actcache.store.codec import CRC_BYTES, crc32c
 from actcache.store.objects import Objects
-from actcache.store.open import CaptureCatalog, Catalog, object_problem
+from actcache.store.open import (
+    CaptureCatalog,
+    Catalog,
+    capture_attributes,
+    object_problem,
+    plan_attributes,
+)
 from actcache.store.schema import ShardRecord
 from actcache.store.shard import Chunks
 
@@ -40,6 +47,14 @@ def _check_metadata(objects: Objects, key: str, digest: str) -> Iterator[Problem
         return
     if found != digest:
         yield Problem(key, "was altered: other readers would see another array than was written")
+
+
+def _check_group(objects: Objects, key: str, attributes: dict[str, Any]) -> Iterator[Problem]:
+    """A group whose attributes hold a digest of themselves: the rest of its document is for other readers."""
+    found = json.loads(objects.read(key))
+    expected = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+    if {name: found.get(name) for name in expected} != expected:
+        yield Problem(key, "was altered: other readers would see another group than was written")
 
 
 def _check_rows(capture: CaptureCatalog, shard: int, record: ShardRecord) -> Iterator[Problem]:
@@ -111,8 +126,8 @@ def find_problems(
 
     Reads everything once. `on_shard` is called after each shard of each capture, and after each of the plan's.
     """
-    problems: list[Problem] = []
     objects = catalog.objects
+    problems = list(_check_group(objects, "zarr.json", plan_attributes(catalog.plan)))
     for path, digest in catalog.plan.metadata.items():
         problems += _check_metadata(objects, f"{path}/zarr.json", digest)
     try:
@@ -138,6 +153,8 @@ def find_problems(
             problems += found
             on_shard()
         for capture in captures:
+            name = f"acts/{capture.capture.name}/zarr.json"
+            problems += _check_group(objects, name, capture_attributes(capture.capture))
             problems += _check_capture(capture)
             for path, digest in capture.capture.metadata.items():
                 problems += _check_metadata(objects, f"acts/{capture.capture.name}/{path}/zarr.json", digest)

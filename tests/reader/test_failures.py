@@ -1,0 +1,192 @@
+"""What goes wrong in a thread reaches the consumer as itself, soon, and leaves the cursor where it was."""
+
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import actcache
+from actcache.errors import ActcacheError, DamageError
+from actcache.store.shard import ShardReader
+from tests.conftest import check_rows, write_store
+from tests.reader.test_stream import SMALL, stream_threads
+
+ROOT = Path(__file__).parents[2]
+
+
+class InjectedError(Exception):
+    pass
+
+
+@pytest.fixture
+def truth(tmp_path):
+    return write_store(tmp_path / "s.zarr", n_sequences=15, seq_len=9)
+
+
+def consume(truth, stream) -> tuple[list[np.ndarray], BaseException]:
+    """Every batch, compared with the truth, up to the error that ends it."""
+    found = []
+    with pytest.raises(BaseException) as raised:  # noqa: PT011 - the caller looks at it
+        found.extend(check_rows(truth, batch) for batch in stream)
+    return found, raised.value
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("shard", [1, 2, 3])
+def test_a_damaged_chunk_ends_the_stream_at_once(truth, threads, shard):
+    path = truth.root / f"acts/resid_post/rows/c.0.{shard}.0"
+    data = bytearray(path.read_bytes())
+    data[30] ^= 1  # in the first chunk, which holds kept rows
+    path.write_bytes(data)
+    started = time.perf_counter()
+    with actcache.open(truth.root).stream(**SMALL, threads=threads) as stream:
+        _, error = consume(truth, stream)
+    assert isinstance(error, DamageError)
+    assert str(path.name) in str(error)
+    assert time.perf_counter() - started < 1
+    assert not stream_threads()
+
+
+def test_after_an_error_the_cursor_is_at_the_first_batch_not_handed_out(truth):
+    """Whatever read fails, at whatever time: what was handed out and what follows a second try is the whole order."""
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        expected = [check_rows(truth, batch) for batch in stream]
+    n_reads = 2 * truth.grid.n_shards * truth.grid.chunks_per_shard
+    for fails_at in range(0, n_reads, 3):
+        with failing_read(fails_at, InjectedError("a bad sector")) as seen:
+            with actcache.open(truth.root).stream(**SMALL) as stream:
+                found = []
+                while len(found) < len(expected):
+                    with suppress(InjectedError):
+                        found.extend(check_rows(truth, batch) for batch in stream)
+                assert seen.n_reads > n_reads - 1
+            assert len(found) == len(expected), fails_at
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), fails_at
+
+
+class failing_read:
+    """Only the n-th chunk read fails, with `error`."""
+
+    def __init__(self, n, error):
+        self.n, self.error, self.n_reads = n, error, 0
+
+    def __enter__(self):
+        self.patch, read, lock = pytest.MonkeyPatch(), ShardReader.read, threading.Lock()
+
+        def failing(reader, *args, **kwargs):
+            with lock:
+                mine, self.n_reads = self.n_reads, self.n_reads + 1
+            if mine == self.n:
+                raise self.error
+            return read(reader, *args, **kwargs)
+
+        self.patch.setattr(ShardReader, "read", failing)
+        return self
+
+    def __exit__(self, *exc):
+        self.patch.undo()
+
+
+@pytest.mark.parametrize(
+    "error", [InjectedError("x"), MemoryError("y"), KeyboardInterrupt("z"), OSError(24, "files")]
+)
+def test_an_error_in_a_thread_surfaces_as_itself(truth, error):
+    with failing_read(5, error), actcache.open(truth.root).stream(**SMALL) as stream:
+        _, raised = consume(truth, stream)
+    assert raised is error
+    assert not stream_threads()
+
+
+def test_an_error_while_laying_out_surfaces_as_itself(truth, monkeypatch):
+    error = InjectedError("layout")
+
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("actcache.reader.stream.arrange", broken)
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        _, raised = consume(truth, stream)
+    assert raised is error
+
+
+def test_closing_wakes_a_consumer_that_waits(truth):
+    gate, reading = threading.Event(), threading.Event()
+    outcome = []
+
+    def stuck(self, *args, **kwargs):
+        reading.set()
+        gate.wait(20)
+        raise InjectedError("too late to matter")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardReader, "read", stuck)
+        stream = actcache.open(truth.root).stream(**SMALL)
+
+        def work():
+            try:
+                next(iter(stream))
+            except (InjectedError, ActcacheError) as error:
+                outcome.append(error)
+
+        consumer = threading.Thread(target=work)
+        consumer.start()
+        assert reading.wait(5)
+        gate.set()
+        stream.close()
+        consumer.join(10)
+        assert not consumer.is_alive()
+    assert len(outcome) == 1
+
+
+FORK = """
+import os, sys, threading
+import actcache
+from actcache.errors import UsageError
+from actcache.store.shard import ShardReader
+
+gate, reading, read, n_reads = threading.Event(), threading.Event(), ShardReader.read, []
+
+def gated(self, *args, **kwargs):
+    n_reads.append(1)
+    if len(n_reads) > int(sys.argv[2]):
+        reading.set()
+        gate.wait(30)
+    return read(self, *args, **kwargs)
+
+ShardReader.read = gated
+stream = actcache.open(sys.argv[1]).stream(batch_size=7, window_rows=32, threads=1, epochs=None)
+batches = iter(stream)
+next(batches)
+reading.wait(30)
+pid = os.fork()
+if pid == 0:
+    try:
+        for batch in batches:
+            pass
+    except UsageError as error:
+        os._exit(42 if "another process" in str(error) else 1)
+    os._exit(2)
+_, status = os.waitpid(pid, 0)
+gate.set()
+next(batches)
+stream.close()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_fork_is_refused_and_never_hangs(truth):
+    """The child goes on while a window is being read by threads it does not have."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(truth.root), "6"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 42, done.stderr
