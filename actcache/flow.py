@@ -26,9 +26,12 @@ class Batch:
     position  [b] int64, position within the sequence.
     token     [b] int64, the token id there.
     document  [b] int64, the corpus document it came from.
+
+    Where a row holds several layers (stack "feature" or "layers"), `rows` is [b, l * d] or [b, l, d] and `layer` is [l].
+    Where several hooks are streamed, `hooks` holds the rows of each by name, aligned; `rows` are those of the first.
     """
 
-    __slots__ = ("_lookup", "_position", "_sequence", "layer", "rows")
+    __slots__ = ("_lookup", "_position", "_sequence", "hooks", "layer", "rows")
 
     def __init__(
         self,
@@ -37,8 +40,10 @@ class Batch:
         sequence: Tensor | None = None,
         position: Tensor | None = None,
         lookup: Lookup | None = None,
+        hooks: dict[str, Tensor] | None = None,
     ) -> None:
         self.rows, self.layer = rows, layer
+        self.hooks: dict[str, Tensor] = hooks or {}
         self._sequence, self._position, self._lookup = sequence, position, lookup
 
     def __len__(self) -> int:

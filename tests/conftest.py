@@ -117,6 +117,7 @@ def small_settings(out: Path, **changes) -> Settings:
         "n_tokens": 3 * 8 * 16,
         "seq_len": 16,
         "holdout_frac": 0.3,
+        "exclude_first": 0,
         "batch_size": 4,
         "sequences_per_shard": 8,
         "rows_per_chunk": 32,

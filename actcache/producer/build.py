@@ -27,6 +27,7 @@ from actcache.producer.plan import (
     make_request,
     write_plan,
 )
+from actcache.store.create import sweep_staged
 from actcache.store.disk import Disk
 from actcache.store.ledger import ShardCommitter
 from actcache.store.mixing import Mixed, mix
@@ -110,6 +111,7 @@ def build(
         make_request(settings, decoder, tokenizer, corpus, corpus_name),
         capture_requests(settings, decoder),
     )
+    sweep_staged(settings.out)
     if not (settings.out / "zarr.json").exists():
         _check_free(settings.out)
         try:

@@ -1,7 +1,7 @@
 """The store as a reader sees it: `actcache.open(path)`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actcache.errors import UncommittedError, UsageError
-from actcache.reader.filters import limits_from_ratio
+from actcache.reader.filters import RowRules, limits_from_ratio, resolve_positions
 from actcache.reader.provenance import Provenance
-from actcache.reader.stream import Delivery, Selection, Stream
+from actcache.reader.selection import Delivery, OrderName, Selection, Stack
+from actcache.reader.stream import Stream
 from actcache.store.arrays import MOMENTS
 from actcache.store.objects import open_objects
 from actcache.store.open import CaptureCatalog, Catalog
@@ -229,14 +230,20 @@ class Store:
         self,
         *,
         batch_size: int = 8192,
-        hook: str | None = None,
+        hook: str | Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
+        stack: Stack = "data",
         split: Split = "train",
+        order: OrderName = "global",
+        commit_shards: int = 4,
         seed: int = 0,
         epochs: int | None = 1,
         window_rows: int = WINDOW_ROWS,
         partitions: int = PARTITIONS,
         outlier_norm_ratio: float | None = None,
+        norm_limits: Mapping[int, float] | None = None,
+        positions: Sequence[int] | slice | None = None,
+        exclude_tokens: Sequence[int] | None = None,
         drop_last: bool = False,
         memory: int | None = None,
         threads: int | None = None,
@@ -247,68 +254,120 @@ class Store:
     ) -> Stream:
         """Shuffled batches of token x layer rows, in an order that nothing but these arguments can change.
 
-        batch_size          rows per batch, over all ranks.
-        layers              the model's layer numbers; None: all that are stored.
-        split               "train" or "holdout".      seed  of the order.     epochs  None goes on for ever.
-        window_rows         rows shuffled together; more is better mixed and takes more memory.
-        partitions          what ranks share out: world_size must divide it.
-        outlier_norm_ratio  drop rows whose norm exceeds this many times their layer's median.
-        drop_last           leave out a short last batch of an epoch.
-        memory              bound in bytes; it suffices, or is refused with the least that would.
-        threads             that read and decode; None: 2, or 1 on a single core.
+        Args:
+            batch_size: rows per batch, over all ranks.
+            hook: a capture, or several of the same dtype, aligned row for row (transcoders: input and output).
+            layers: the model's layer numbers; None: all that are stored.
+            stack: "data": a row is one layer of one token, [b, d] (a multi-layer SAE). "feature": all layers of a token
+                side by side, [b, l * d]. "layers": [b, l, d] (crosscoders).
+            split: "train" or "holdout".
+            order: "global" mixes the whole split. "commit" goes through shards as they were planned, mixing the last
+                `commit_shards`: what somebody following a running build can have.
+            commit_shards: see `order`.
+            seed: of the order.
+            epochs: None goes on for ever. Each epoch has another order.
+            window_rows: rows shuffled together; more is better mixed and takes more memory.
+            partitions: what ranks share out: world_size must divide it.
+            outlier_norm_ratio: drop rows whose norm exceeds this many times their layer's median.
+            norm_limits: or drop rows whose norm exceeds a number, given per layer.
+            positions: stream these positions of a sequence only.
+            exclude_tokens: leave these token ids out.
+            drop_last: leave out a short last batch of an epoch.
+            memory: bound in bytes; it suffices, or is refused with the least that would.
+            threads: that read and decode; None: 2, or 1 on a single core.
+            device: where batches go.
+            dtype: of the batches; None: as stored.
+            rank: this reader's number.
+            world_size: how many readers share the batches.
 
         Raises:
-            UncommittedError: the store is not finished. UsageError: an argument cannot be used.
+            UncommittedError: the store is not finished.
+            UsageError: an argument cannot be used.
+            MemoryBoundError: `memory` is too little; the message says how much would do.
         """
-        capture = self._capture(hook)
-        selected = tuple(sorted(layers)) if layers is not None else capture.capture.layers
-        for layer in selected:
-            capture.layer_index(layer)
+        names = (hook,) if hook is None or isinstance(hook, str) else tuple(hook)
+        captures = [self._capture(name) for name in names]
+        selected = tuple(sorted(layers)) if layers is not None else captures[0].capture.layers
         _check_positive(
-            batch_size=batch_size, window_rows=window_rows, partitions=partitions, world_size=world_size
+            batch_size=batch_size,
+            window_rows=window_rows,
+            partitions=partitions,
+            world_size=world_size,
+            commit_shards=commit_shards,
         )
-        if not selected or len(set(selected)) != len(selected):
-            raise UsageError(
-                f"layers={layers!r}: expected distinct layers among {list(capture.capture.layers)}"
-            )
+        _check_choice("stack", stack, ("data", "feature", "layers"))
+        _check_choice("order", order, ("global", "commit"))
+        self._check_captures(captures, selected)
         if partitions % world_size or not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}: world_size must divide partitions={partitions}")
+        for capture in captures:
+            self._check_committed(capture, split)
+        selection = Selection(
+            hooks=tuple(found.capture.name for found in captures),
+            layers=selected,
+            stack=stack,
+            split=split,
+            order=order,
+            commit_shards=commit_shards if order == "commit" else 0,
+            seed=seed,
+            batch_size=batch_size,
+            window_rows=window_rows,
+            partitions=partitions,
+            rules=RowRules(
+                norm_limits=self._norm_limits(captures[0], selected, outlier_norm_ratio, norm_limits),
+                positions=resolve_positions(positions, self.plan.grid.seq_len),
+                exclude_tokens=None if exclude_tokens is None else tuple(sorted(set(exclude_tokens))),
+            ),
+            drop_last=drop_last,
+        )
+        delivery = Delivery(
+            epochs=epochs,
+            threads=threads or min(2, os.cpu_count() or 1),
+            memory_bytes=memory,
+            dtype=dtype,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+        )
+        return Stream(captures, self._provenance, selection, delivery, self._catalog.shards.kept)
+
+    def _check_captures(self, captures: list[CaptureCatalog], layers: tuple[int, ...]) -> None:
+        """UsageError where captures or layers cannot be streamed together."""
+        if not layers or len(set(layers)) != len(layers):
+            raise UsageError(
+                f"layers={list(layers)}: expected distinct layers among {list(captures[0].capture.layers)}"
+            )
+        for found in captures:
+            for layer in layers:
+                found.layer_index(layer)
+        if len({found.capture.name for found in captures}) != len(captures) or not captures:
+            raise UsageError(f"hook={[found.capture.name for found in captures]}: name each once")
+
+    def _check_committed(self, capture: CaptureCatalog, split: Split) -> None:
         missing = sorted(set(self._shards(split)) - set(capture.committed()))
         if missing:
             raise UncommittedError(
                 f"{len(missing)} of {len(self._shards(split))} {split} shards of {capture.capture.name} in {self.url} "
                 f"are not committed yet (the first is {missing[0]}). Finish the build first: run the same command again."
             )
-        kept = self._catalog.shards.kept
-        limits = (
-            None
-            if outlier_norm_ratio is None
-            else limits_from_ratio(capture, kept, self._shards("train"), selected, outlier_norm_ratio)
-        )
-        return Stream(
-            capture,
-            self._provenance,
-            Selection(
-                layers=selected,
-                split=split,
-                seed=seed,
-                batch_size=batch_size,
-                window_rows=window_rows,
-                partitions=partitions,
-                norm_limits=limits,
-                drop_last=drop_last,
-            ),
-            Delivery(
-                epochs=epochs,
-                threads=threads or min(2, os.cpu_count() or 1),
-                memory_bytes=memory,
-                dtype=dtype,
-                device=device,
-                rank=rank,
-                world_size=world_size,
-            ),
-            kept,
-        )
+
+    def _norm_limits(
+        self,
+        capture: CaptureCatalog,
+        layers: tuple[int, ...],
+        ratio: float | None,
+        limits: Mapping[int, float] | None,
+    ) -> tuple[float, ...] | None:
+        if limits is not None:
+            if ratio is not None or set(limits) != set(layers):
+                raise UsageError(
+                    f"norm_limits={dict(limits)}: expected one limit for each of layers {list(layers)}, and no "
+                    f"outlier_norm_ratio beside them"
+                )
+            return tuple(float(limits[layer]) for layer in layers)
+        if ratio is None:
+            return None
+        return limits_from_ratio(capture, self._catalog.shards.kept, self._shards("train"), layers, ratio)
 
     def __enter__(self) -> Self:
         return self
@@ -323,6 +382,11 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UsageError(f"{name}={value}: expected at least 1")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
 
 
 def _indices(chosen: Sequence[int] | slice | int | None, n: int, name: str) -> NDArray[np.int64]:

@@ -83,15 +83,75 @@ class GlobalOrder:
             keyed.feistel(keyed.derive(self._key, "chunk", layer_i), slots, self.n_chunks)
             for layer_i in range(self.n_layers)
         ]
-        n = len(slots) * self.n_layers
-        dealt = np.empty(n, dtype=np.int64)
-        dealt[keyed.permutation(keyed.derive(self._key, "deal", window), n)] = np.arange(n) % self.partitions
+        dealt = _deal(self._key, window, len(slots) * self.n_layers, self.partitions)
         layer_i = np.repeat(np.arange(self.n_layers, dtype=np.int64), len(slots))
         return Members(layer_i, np.concatenate(index), dealt)
 
     def key_of(self, window: int) -> int:
         """The key under which the rows of a window are permuted."""
         return keyed.derive(self._key, "rows", window)
+
+
+class CommitOrder:
+    """The `commit` order of one epoch: what a follower can read while shards are still being committed.
+
+    Shards come in plan order. Each one's chunks, permuted, are spread evenly over `depth * steps` consecutive windows,
+    so that a window holds equal parts of the `depth` shards committed last: fewer in the first and last
+    `(depth - 1) * steps` windows. Window w needs shards 0 .. w // steps only.
+
+    chunks   the ChunkList, shards ascending.  depth  shards mixed together (K).  steps  windows per shard.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        chunks: ChunkList,
+        n_layers: int,
+        depth: int,
+        steps: int,
+        partitions: int,
+    ) -> None:
+        self._chunks, self.n_layers, self.depth, self.steps = chunks, n_layers, depth, steps
+        self.partitions = partitions
+        self._shards, self._first, self._count = np.unique(
+            chunks.shard, return_index=True, return_counts=True
+        )
+        self._key = keyed.derive(seed, "commit", epoch)
+
+    @property
+    def n_windows(self) -> int:
+        """Windows of an epoch."""
+        return (len(self._shards) + self.depth - 1) * self.steps
+
+    def members(self, window: int) -> Members:
+        """Which chunks a window holds, and who reads each."""
+        newest, span = window // self.steps, self.depth * self.steps
+        layers: list[I64] = []
+        listed: list[I64] = []
+        for i in range(max(0, newest - self.depth + 1), min(newest + 1, len(self._shards))):
+            count, turn = int(self._count[i]), window - i * self.steps
+            places = np.arange(turn * count // span, (turn + 1) * count // span)
+            for layer_i in range(self.n_layers):
+                key = keyed.derive(self._key, "chunk", layer_i, int(self._shards[i]))
+                listed.append(self._first[i] + keyed.feistel(key, places, count))
+                layers.append(np.full(len(places), layer_i, dtype=np.int64))
+        n = sum(len(part) for part in listed)
+        return Members(
+            np.concatenate(layers), np.concatenate(listed), _deal(self._key, window, n, self.partitions)
+        )
+
+    def key_of(self, window: int) -> int:
+        """The key under which the rows of a window are permuted."""
+        return keyed.derive(self._key, "rows", window)
+
+
+def _deal(key: int, window: int, n: int, partitions: int) -> I64:
+    """A partition for each of the n chunks of a window, as equally often as can be."""
+    dealt = np.empty(n, dtype=np.int64)
+    dealt[keyed.permutation(keyed.derive(key, "deal", window), n)] = np.arange(n) % partitions
+    return dealt
 
 
 class Arrangement(NamedTuple):
@@ -129,6 +189,11 @@ def arrange(key: int, n_rows: I64, partition: I64, partitions: int) -> Arrangeme
     slot[np.concatenate(permuted)[merged].astype(np.int64)] = np.arange(total)
     counts = [len(own) for own in permuted]
     return Arrangement(slot, np.repeat(np.arange(partitions, dtype=np.int16), counts)[merged])
+
+
+def steps_of(window_rows: int, n_layers: int, rows_per_chunk: int, most_chunks: int) -> int:
+    """Windows per shard of the `commit` order, for windows of about `window_rows` rows."""
+    return max(1, round(most_chunks * n_layers * rows_per_chunk / window_rows))
 
 
 def groups_of(window_rows: int, n_layers: int, rows_per_chunk: int, n_chunks: int) -> int:

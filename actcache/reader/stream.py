@@ -4,9 +4,8 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,56 +14,23 @@ from torch import Tensor
 
 from actcache.errors import CursorError, MemoryBoundError, UsageError
 from actcache.flow import Batch
-from actcache.reader.filters import NormFilter
-from actcache.reader.order import GlobalOrder, arrange, groups_of, list_chunks
+from actcache.reader.counters import Counters
+from actcache.reader.filters import RowFilter
+from actcache.reader.order import CommitOrder, GlobalOrder, arrange, groups_of, list_chunks, steps_of
 from actcache.reader.provenance import Provenance
-from actcache.reader.window import BufferPool, Fill, Layout, lay_out
+from actcache.reader.selection import Delivery, Selection
+from actcache.reader.window import BufferPool, Fill, Lane, Layout, lay_out
 from actcache.store.open import CaptureCatalog
 from actcache.store.schema import digest_of
+from actcache.store.shard import ShardReader
+
+if TYPE_CHECKING:
+    from actcache.reader.dataset import StreamDataset
 
 CURSOR_VERSION = 1
 _MAX_BUFFERS = 3
 _MIN_BUFFERS = 2
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """What the order of rows depends on besides the data: another value, another order.
-
-    layers       the model's layer numbers.      split  "train" or "holdout".
-    batch_size   b, over all ranks.              window_rows, partitions  how rows are mixed.
-    norm_limits  per layer, rows of a greater norm are dropped; None keeps all.
-    drop_last    whether a short last batch of an epoch is left out.
-    """
-
-    layers: tuple[int, ...]
-    split: str
-    seed: int
-    batch_size: int
-    window_rows: int
-    partitions: int
-    norm_limits: tuple[float, ...] | None
-    drop_last: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
-    """How rows reach the consumer: nothing here changes which rows come, or when.
-
-    epochs        how many; None goes on for ever.
-    threads       that read and decode.          memory_bytes  bound on window buffers; None for three windows.
-    dtype         of the batches; None: as stored.  device     of the batches.
-    rank, world_size  this reader's share: partitions p with p % world_size == rank.
-    """
-
-    epochs: int | None = 1
-    threads: int = 2
-    memory_bytes: int | None = None
-    dtype: torch.dtype | None = None
-    device: str = "cpu"
-    rank: int = 0
-    world_size: int = 1
 
 
 class Cursor(NamedTuple):
@@ -78,11 +44,11 @@ class Cursor(NamedTuple):
 class _Part(NamedTuple):
     """Rows in slot order, ready to be cut into batches.
 
-    rows  [n, d].   layer, row  [n], the model layer and global row number of each.
+    rows  per hook, [n, columns].   layer, row  [n], the model layer and global row number of each.
     own_before  [s + 1], how many of this rank's rows come before each slot of all ranks.
     """
 
-    rows: Tensor
+    rows: list[Tensor]
     layer: NDArray[np.int64]
     row: NDArray[np.int64]
     own_before: NDArray[np.int64]
@@ -95,7 +61,12 @@ class _Part(NamedTuple):
     def cut(self, start: int, stop: int) -> "_Part":
         """Slots [start, stop)."""
         a, z = int(self.own_before[start]), int(self.own_before[stop])
-        return _Part(self.rows[a:z], self.layer[a:z], self.row[a:z], self.own_before[start : stop + 1] - a)
+        return _Part(
+            [rows[a:z] for rows in self.rows],
+            self.layer[a:z],
+            self.row[a:z],
+            self.own_before[start : stop + 1] - a,
+        )
 
 
 class Stream:
@@ -103,59 +74,77 @@ class Stream:
 
     The rows, their order and the batches are a function of the store and the selection alone: threads, memory, read-
     ahead, ranks and restarts change nothing. Iterating again goes on from the cursor.
+
+    captures  one per hook of the selection.    kept  [shard] kept rows.
     """
 
     def __init__(
         self,
-        catalog: CaptureCatalog,
+        captures: list[CaptureCatalog],
         provenance: Provenance,
         selection: Selection,
         delivery: Delivery,
         kept: NDArray[np.int64],
     ) -> None:
-        self.selection, self.delivery = selection, delivery
-        self._catalog, self._provenance, self._kept = catalog, provenance, kept
-        grid, n_layers = catalog.plan.grid, len(selection.layers)
-        first, stop = (
-            (0, grid.n_holdout_shards)
-            if selection.split == "holdout"
-            else (grid.n_holdout_shards, grid.n_shards)
-        )
-        self._rows_per_chunk = grid.rows_per_chunk
+        self.selection, self.delivery, self.counters = selection, delivery, Counters()
+        self._captures, self._provenance, self._kept = captures, provenance, kept
+        self._grid = grid = captures[0].plan.grid
+        holdout = selection.split == "holdout"
+        first, stop = (0, grid.n_holdout_shards) if holdout else (grid.n_holdout_shards, grid.n_shards)
         self._chunks = list_chunks(np.arange(first, stop), kept[first:stop], grid.rows_per_chunk)
         if len(self._chunks) == 0:
             raise UsageError(
-                f"the {selection.split} split of {catalog.objects.url} holds no kept rows"
-                + ("; it was built with --holdout 0" if selection.split == "holdout" else "")
+                f"the {selection.split} split of {captures[0].objects.url} holds no kept rows"
+                + ("; it was built with --holdout 0" if holdout else "")
             )
-        self._layer_index = np.array([catalog.layer_index(layer) for layer in selection.layers])
-        self._filter = (
-            None
-            if selection.norm_limits is None
-            else NormFilter(catalog, kept, self._layer_index, selection.norm_limits)
-        )
-        self._groups = groups_of(selection.window_rows, n_layers, grid.rows_per_chunk, len(self._chunks))
+        self._lanes = _lanes(captures, selection)
+        self._filter = self._make_filter()
         self._is_mine = np.arange(selection.partitions) % delivery.world_size == delivery.rank
-        spec = catalog.arrays["rows"]
-        assert spec.dtype is not None
-        n_window_rows = self._groups * n_layers * grid.rows_per_chunk
-        self._buffers = BufferPool(selection.batch_size + n_window_rows, catalog.capture.width, spec.dtype)
+        n_lanes = len(self._lanes)
+        most_chunks = int(np.bincount(self._chunks.shard).max())
+        self._groups = groups_of(selection.window_rows, n_lanes, grid.rows_per_chunk, len(self._chunks))
+        self._steps = steps_of(selection.window_rows, n_lanes, grid.rows_per_chunk, most_chunks)
+        self._orders: dict[int, GlobalOrder | CommitOrder] = {}
+        self._buffers = self._make_buffers(most_chunks)
         self._max_buffers = self._affordable_buffers()
         self._cursor = Cursor(0, 0, 0)
         self._fills: dict[tuple[int, int], Fill] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
-        self._waited_s = 0.0
+
+    def _make_filter(self) -> RowFilter | None:
+        rules = self.selection.rules
+        if rules.is_empty:
+            return None
+        layers = [np.array([lane.layer_index for lane in lanes if lane.buffer == 0]) for lanes in self._lanes]
+        return RowFilter(self._captures[0], self._provenance.plan_object, self._kept, rules, layers)
+
+    def _make_buffers(self, most_chunks: int) -> list[BufferPool]:
+        """A pool per hook, of buffers that hold the largest window with room for a batch in front."""
+        if self.selection.order == "global":
+            n_chunks = self._groups
+        else:
+            per_step = -(-most_chunks // (self.selection.commit_shards * self._steps))
+            n_chunks = per_step * self.selection.commit_shards
+        n_rows = self.selection.batch_size + n_chunks * len(self._lanes) * self._grid.rows_per_chunk
+        n_layers = 1 if self.selection.stack == "data" else len(self.layers)
+        pools = []
+        for found in self._captures:
+            dtype = found.arrays["rows"].dtype
+            assert dtype is not None
+            pools.append(BufferPool(n_rows, found.capture.width * n_layers, dtype))
+        return pools
 
     def _affordable_buffers(self) -> int:
         """How many window buffers the memory bound allows; MemoryBoundError states the least that would do."""
         bound = self.delivery.memory_bytes
         if bound is None:
             return _MAX_BUFFERS
-        decoded = self.delivery.threads * self._rows_per_chunk * self.width * 8
-        n_buffers = (bound - decoded) // self._buffers.buffer_bytes
+        window_bytes = sum(pool.buffer_bytes for pool in self._buffers)
+        decoded = self.delivery.threads * self._grid.rows_per_chunk * self.width * 8
+        n_buffers = (bound - decoded) // window_bytes
         if n_buffers < _MIN_BUFFERS:
-            least = _MIN_BUFFERS * self._buffers.buffer_bytes + decoded
+            least = _MIN_BUFFERS * window_bytes + decoded
             raise MemoryBoundError(
                 f"memory={bound:,} bytes is too little for windows of {self.selection.window_rows:,} rows: two windows "
                 f"take {least:,} bytes. Give that much, or a smaller window_rows= (another order, less mixed)."
@@ -166,8 +155,9 @@ class Stream:
 
     @property
     def width(self) -> int:
-        """D."""
-        return self._catalog.capture.width
+        """Numbers in a row of the first hook: d, or l * d where layers are stacked as features."""
+        width = self._captures[0].capture.width
+        return width * len(self.layers) if self.selection.stack == "feature" else width
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -177,13 +167,9 @@ class Stream:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything the order depends on, by name."""
-        chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.selection).items()}
-        return {
-            "plan": self._catalog.plan.digest,
-            "capture": self._catalog.capture.digest,
-            "order": "global",
-            **chosen,
-        }
+        plan = self._captures[0].plan.digest
+        captures = digest_of([found.capture.digest for found in self._captures])
+        return {"plan": plan, "captures": captures, **self.selection.as_json()}
 
     @property
     def fingerprint(self) -> str:
@@ -192,17 +178,19 @@ class Stream:
 
     @property
     def n_rows(self) -> int:
-        """Rows of one epoch over all ranks, after filters. With a norm limit every shard's norms are read for it."""
-        return int(self._chunks.n_rows.sum()) * len(self.layers) - self.n_dropped
+        """Rows of one epoch over all ranks, after filters. With filters every shard's side arrays are read for it."""
+        if self._filter is None:
+            return int(self._chunks.n_rows.sum()) * len(self._lanes)
+        return sum(
+            int(self._filter.passing(int(shard), lane).sum())
+            for shard in np.unique(self._chunks.shard)
+            for lane in range(len(self._lanes))
+        )
 
     @property
     def n_dropped(self) -> int:
-        """Kept rows of one epoch that the norm limit leaves out."""
-        if self._filter is None:
-            return 0
-        return sum(
-            len(rows) for shard in np.unique(self._chunks.shard) for rows in self._filter.dropped(int(shard))
-        )
+        """Kept rows of one epoch that the filters leave out."""
+        return int(self._chunks.n_rows.sum()) * len(self._lanes) - self.n_rows
 
     def __len__(self) -> int:
         """Batches in all epochs together; TypeError where they never end."""
@@ -211,23 +199,34 @@ class Stream:
         whole, rest = divmod(self.n_rows, self.selection.batch_size)
         return self.delivery.epochs * (whole + (1 if rest and not self.selection.drop_last else 0))
 
+    def as_dataset(self) -> "StreamDataset":
+        """For code that insists on a DataLoader: `DataLoader(stream.as_dataset(), batch_size=None)`."""
+        from actcache.reader.dataset import StreamDataset
+
+        return StreamDataset(self)
+
     def waited_s(self) -> float:
         """Seconds the consumer has waited for windows so far."""
-        return self._waited_s
+        return self.counters.waited_s
 
     def peek(self, n_rows: int) -> Batch:
         """The first `n_rows` rows of epoch 0 (fewer if there are fewer), copied. Moves no cursor."""
         batches: list[Batch] = []
-        with Stream(self._catalog, self._provenance, self.selection, self.delivery, self._kept) as fresh:
+        with Stream(self._captures, self._provenance, self.selection, self.delivery, self._kept) as fresh:
             for batch in fresh:
                 batches.append(batch)
                 if sum(len(b) for b in batches) >= n_rows:
                     break
-        rows, layer, sequence, position = (
+        rows, sequence, position = (
             torch.cat([getattr(batch, name) for batch in batches])[:n_rows]
-            for name in ("rows", "layer", "sequence", "position")
+            for name in ("rows", "sequence", "position")
         )
-        return Batch(rows, layer, sequence, position)
+        if self.selection.stack == "data":
+            layer = torch.cat([batch.layer for batch in batches])[:n_rows]
+        else:
+            layer = batches[0].layer
+        hooks = {name: torch.cat([b.hooks[name] for b in batches])[:n_rows] for name in batches[0].hooks}
+        return Batch(rows, layer, sequence, position, hooks=hooks)
 
     # The cursor.
 
@@ -241,7 +240,9 @@ class Stream:
             raise CursorError(
                 f"cursor version {state.get('version')!r}; this actcache reads version {CURSOR_VERSION}"
             )
-        here, there = self.settings, dict(state["settings"])
+        if not {"settings", *Cursor._fields} <= set(state) or not isinstance(state["settings"], dict):
+            raise CursorError(f"not a cursor: it has {sorted(state)}; expected what `state_dict` returned")
+        here, there = self.settings, state["settings"]
         differ = [
             f"{name} is {there.get(name)!r} in the cursor and {here.get(name)!r} here"
             for name in sorted({*here, *there})
@@ -264,15 +265,30 @@ class Stream:
         while self.delivery.epochs is None or self._cursor.epoch < self.delivery.epochs:
             yield from self._rest_of_epoch()
 
-    def _order(self, epoch: int) -> GlobalOrder:
-        return GlobalOrder(
-            seed=self.selection.seed,
-            epoch=epoch,
-            n_chunks=len(self._chunks),
-            n_layers=len(self.layers),
-            groups=self._groups,
-            partitions=self.selection.partitions,
-        )
+    def _order(self, epoch: int) -> GlobalOrder | CommitOrder:
+        if epoch not in self._orders:
+            chosen = self.selection
+            if chosen.order == "global":
+                made = GlobalOrder(
+                    seed=chosen.seed,
+                    epoch=epoch,
+                    n_chunks=len(self._chunks),
+                    n_layers=len(self._lanes),
+                    groups=self._groups,
+                    partitions=chosen.partitions,
+                )
+            else:
+                made = CommitOrder(
+                    seed=chosen.seed,
+                    epoch=epoch,
+                    chunks=self._chunks,
+                    n_layers=len(self._lanes),
+                    depth=chosen.commit_shards,
+                    steps=self._steps,
+                    partitions=chosen.partitions,
+                )
+            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1} | {epoch: made}
+        return self._orders[epoch]
 
     def _rest_of_epoch(self) -> Iterator[Batch]:
         """Batches from the cursor to the end of its epoch. A batch may span windows, never epochs."""
@@ -290,7 +306,9 @@ class Stream:
                 end = min(at + size, part.n_slots)
                 self._read_ahead(epoch, window)  # may raise: the cursor is still before this batch
                 self._cursor = Cursor(epoch, window, skipped + end - n_carried)
+                handed_out = time.perf_counter()
                 yield self._batch(part.cut(at, end))
+                self.counters.add(consumer_s=time.perf_counter() - handed_out)
                 at = end
             carried = part.cut(at, part.n_slots) if at < part.n_slots else None
         self._cursor = Cursor(epoch + 1, 0, 0)
@@ -300,32 +318,29 @@ class Stream:
         fill = self._fill(epoch, window)
         started = time.perf_counter()
         layout = fill.wait()
-        self._waited_s += time.perf_counter() - started
-        head = fill.head
+        self.counters.add(waited_s=time.perf_counter() - started)
+        head, end = fill.head, fill.head + len(layout.row)
         mine = self._is_mine[layout.partition]
         own_before = np.concatenate([[0], np.cumsum(mine)])
-        rows = fill.rows[head : head + len(layout.row)]
+        rows = [tensor[head:end] for tensor in fill.tensors]
         part = _Part(rows, layout.layer, layout.row, own_before).cut(skipped, len(mine))
         if carried is None:
             return part
-        n = len(carried.rows)
-        fill.rows[head - n : head] = carried.rows
+        n = len(carried.row)
+        for tensor, left in zip(fill.tensors, carried.rows, strict=True):
+            tensor[head - n : head] = left
         return _Part(
-            fill.rows[head - n : head + len(layout.row)],
+            [tensor[head - n : end] for tensor in fill.tensors],
             np.concatenate([carried.layer, part.layer]),
             np.concatenate([carried.row, part.row]),
             np.concatenate([carried.own_before[:-1], part.own_before + n]),
         )
 
     def _fill(self, epoch: int, window: int) -> Fill:
-        """The fill of a window: the one read ahead, or one started now in whatever buffer it takes."""
+        """The fill of a window: the one read ahead, or one started now in whatever buffers it takes."""
         self._check_process()
         found = self._fills.pop((epoch, window), None)
-        if found is not None:
-            return found
-        buffer = self._buffers.take(limit=None)
-        assert buffer is not None
-        return self._start(buffer, epoch, window)
+        return self._start(epoch, window) if found is None else found
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -334,19 +349,20 @@ class Stream:
                 "the process that reads it (a DataLoader needs num_workers=0, or a 'spawn' context)."
             )
 
-    def _start(self, buffer: NDArray[Any], epoch: int, window: int) -> Fill:
+    def _start(self, epoch: int, window: int) -> Fill:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.delivery.threads, thread_name_prefix="actcache-stream")
         return Fill(
-            buffer,
+            [pool.take() for pool in self._buffers],
             self.selection.batch_size,
             lambda: self._lay_out(epoch, window),
             self._pool,
-            chunk_bytes=self._catalog.arrays["rows"].codec.n_bytes,
+            self.counters,
+            chunk_bytes=self._captures[0].arrays["rows"].codec.n_bytes,
         )
 
     def _read_ahead(self, epoch: int, window: int) -> None:
-        """Start the window after this one where a buffer is free; raise what went wrong in one already started."""
+        """Start the window after this one where buffers are free; raise what went wrong in one already started."""
         self._check_process()
         for key, fill in list(self._fills.items()):
             if fill.error is not None:
@@ -355,17 +371,16 @@ class Stream:
         following = (epoch, window + 1) if window + 1 < self._order(epoch).n_windows else (epoch + 1, 0)
         if following in self._fills or following[0] == self.delivery.epochs:
             return
-        buffer = self._buffers.take(limit=self._max_buffers)
-        if buffer is not None:
-            self._fills[following] = self._start(buffer, *following)
+        if all(pool.n_free or pool.n_allocated < self._max_buffers for pool in self._buffers):
+            self._fills[following] = self._start(*following)
 
     def _lay_out(self, epoch: int, window: int) -> Layout:
         """What goes where in a window. Runs on a thread of the pool."""
-        order, chunks = self._order(epoch), self._chunks
+        order, chunks, r = self._order(epoch), self._chunks, self._grid.rows_per_chunk
         members = order.members(window)
         shard, chunk = chunks.shard[members.listed], chunks.chunk[members.listed]
         selected = [
-            self._selected(int(s), int(c) * self._rows_per_chunk, int(n), int(i))
+            self._selected(int(s), int(c) * r, int(n), int(i))
             for s, c, n, i in zip(shard, chunk, chunks.n_rows[members.listed], members.layer_i, strict=True)
         ]
         counts = np.array([len(rows) for rows in selected], dtype=np.int64)
@@ -374,34 +389,38 @@ class Stream:
             members,
             arrangement,
             selected,
-            readers=[self._catalog.reader(int(s)) for s in shard],
+            lanes=self._lanes,
+            readers=self._reader,
+            shard=shard,
             chunk=chunk,
-            layer_index=self._layer_index[members.layer_i],
             layer=np.array(self.layers)[members.layer_i],
-            first_row=shard * self._catalog.plan.grid.rows_per_shard + chunk * self._rows_per_chunk,
+            first_row=shard * self._grid.rows_per_shard + chunk * r,
             is_mine=self._is_mine,
         )
 
-    def _selected(self, shard: int, start: int, n: int, layer_i: int) -> NDArray[np.int64]:
+    def _reader(self, buffer: int, shard: int) -> ShardReader:
+        return self._captures[buffer].reader(shard)
+
+    def _selected(self, shard: int, start: int, n: int, lane: int) -> NDArray[np.int64]:
         """Which of the first `n` rows of a chunk, which begins at row `start` of its shard, pass the filters."""
-        rows = np.arange(n)
         if self._filter is None:
-            return rows
-        dropped = self._filter.dropped(shard)[layer_i]
-        a, z = np.searchsorted(dropped, (start, start + n))
-        return np.delete(rows, dropped[a:z] - start) if z > a else rows
+            return np.arange(n)
+        return np.flatnonzero(self._filter.passing(shard, lane)[start : start + n])
 
     def _batch(self, part: _Part) -> Batch:
-        rows, row = part.rows.view(_TORCH_DTYPES[self._catalog.capture.dtype]), part.row
-        rows = rows.to(
-            device=self.delivery.device, dtype=self.delivery.dtype or rows.dtype, non_blocking=True
-        )
+        device, row = self.delivery.device, part.row
+        hooks: dict[str, Tensor] = {}
+        for name, found, numbers in zip(self.selection.hooks, self._captures, part.rows, strict=True):
+            rows = numbers.view(_TORCH_DTYPES[found.capture.dtype])
+            if self.selection.stack == "layers":
+                rows = rows.unflatten(1, (len(self.layers), found.capture.width))
+            hooks[name] = rows.to(device=device, dtype=self.delivery.dtype or rows.dtype, non_blocking=True)
+        layer = part.layer if self.selection.stack == "data" else np.array(self.layers)
         return Batch(
-            rows,
-            torch.from_numpy(part.layer).to(self.delivery.device),
-            lookup=lambda name: torch.from_numpy(self._provenance.look_up(name, row)).to(
-                self.delivery.device
-            ),
+            hooks[self.selection.hooks[0]],
+            torch.from_numpy(layer).to(device),
+            lookup=lambda name: torch.from_numpy(self._provenance.look_up(name, row)).to(device),
+            hooks=hooks,
         )
 
     # The end.
@@ -412,13 +431,14 @@ class Stream:
         self._fills.clear()
 
     def close(self) -> None:
-        """Stop reading ahead at once and let go of threads and buffers. Batches handed out stay valid."""
+        """Stop reading ahead at once and let go of threads, buffers and files. Batches handed out stay valid."""
         self._forget_ahead()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-        if self._catalog.files is not None:
-            self._catalog.files.close()
+        for found in self._captures:
+            if found.files is not None:
+                found.files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -427,3 +447,17 @@ class Stream:
         self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _lanes(captures: list[CaptureCatalog], selection: Selection) -> list[list[Lane]]:
+    """What each lane of the order reads: one layer of every hook, or, where layers are stacked, all of them."""
+    per_layer = [
+        [
+            Lane(
+                buffer, found.layer_index(layer), 0 if selection.stack == "data" else i * found.capture.width
+            )
+            for buffer, found in enumerate(captures)
+        ]
+        for i, layer in enumerate(selection.layers)
+    ]
+    return per_layer if selection.stack == "data" else [[lane for lanes in per_layer for lane in lanes]]

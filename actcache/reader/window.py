@@ -6,8 +6,9 @@ batch is one contiguous slice. Buffers are recycled when no tensor refers to the
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actcache.errors import ActcacheError
+from actcache.reader.counters import Counters
 from actcache.reader.order import Arrangement, Members
 from actcache.store.shard import ShardReader
 
@@ -38,16 +40,19 @@ class BufferPool:
         """Bytes of one buffer."""
         return self._shape[0] * self._shape[1] * self._dtype.itemsize
 
-    def take(self, limit: int | None) -> NDArray[Any] | None:
-        """A view of a free buffer, or of a new one while fewer than `limit` exist (None: no limit)."""
+    @property
+    def n_free(self) -> int:
+        """Buffers nobody refers to."""
+        return len(self._free)
+
+    def take(self) -> NDArray[Any]:
+        """A view of a free buffer, or of a new one."""
         with self._lock:
             if self._free:
                 raw = self._free.pop()
-            elif limit is None or self.n_allocated < limit:
+            else:
                 raw = np.empty(self._shape, self._dtype)
                 self.n_allocated += 1
-            else:
-                return None
         view = raw[:]
         weakref.finalize(view, self._give_back, raw).atexit = False
         return view
@@ -57,15 +62,23 @@ class BufferPool:
             self._free.append(raw)
 
 
+class Lane(NamedTuple):
+    """Where the rows of one layer of one capture go: columns [column, column + d) of buffer number `buffer`."""
+
+    buffer: int
+    layer_index: int
+    column: int
+
+
 class Source(NamedTuple):
     """One chunk of a window.
 
-    slots  where its selected rows go, counted in this reader's own slots; -1 is never among them.
-    rows   which rows of the chunk they are.
+    rows   which rows of the chunk are selected.
+    slots  where each goes, counted in this reader's own slots.
     """
 
     reader: ShardReader
-    layer_i: int
+    lane: Lane
     chunk: int
     rows: NDArray[np.int64]
     slots: NDArray[np.int64]
@@ -74,10 +87,10 @@ class Source(NamedTuple):
 class Layout(NamedTuple):
     """What goes where in a window.
 
-    sources   the chunks this reader decodes.
-    layer     [n] int64 model layer of the row in each of this reader's slots.
-    row       [n] int64 global row index of each.
-    partition the partition of the row in each slot of the whole window (all ranks).
+    sources    the chunks this reader decodes.
+    layer      [n] int64 model layer of the row in each of this reader's slots (the first, where a row has several).
+    row        [n] int64 global row number of each.
+    partition  the partition of the row in each slot of the whole window, all ranks.
     """
 
     sources: list[Source]
@@ -87,22 +100,26 @@ class Layout(NamedTuple):
 
 
 class Fill:
-    """A window on its way into a buffer. `wait` returns when every row is in place, or raises what went wrong."""
+    """A window on its way into buffers. `wait` returns when every row is in place, or raises what went wrong.
+
+    views  one buffer per hook, [head + n, d].
+    """
 
     def __init__(
         self,
-        view: NDArray[Any],
+        views: list[NDArray[Any]],
         head: int,
         lay_out: Callable[[], Layout],
         pool: ThreadPoolExecutor,
+        counters: Counters,
         *,
         chunk_bytes: int,
     ) -> None:
-        self.rows: Tensor = torch.from_numpy(view)
+        self.tensors: list[Tensor] = [torch.from_numpy(view) for view in views]
         self.head = head
         self.layout: Layout | None = None
-        self._array: NDArray[Any] | None = view
-        self._pool, self._lay_out = pool, lay_out
+        self._views: list[NDArray[Any]] | None = views
+        self._pool, self._lay_out, self._counters = pool, lay_out, counters
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._n_jobs = 0
@@ -111,9 +128,11 @@ class Fill:
         pool.submit(self._open)
 
     def _open(self) -> None:
+        started = perf_counter()
         try:
             layout = self._lay_out()
             self.layout = layout
+            self._counters.add(layout_s=perf_counter() - started)
             starts = range(0, len(layout.sources), _CHUNKS_PER_JOB)
             self._n_jobs = len(starts)
             if not starts:
@@ -124,24 +143,22 @@ class Fill:
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             self._fail(error)
 
-    def _will_need(self, sources: list[Source]) -> None:
+    @staticmethod
+    def _will_need(sources: list[Source]) -> None:
         for source in sources:
-            source.reader.will_need(source.layer_i, source.chunk)
+            source.reader.will_need(source.lane.layer_index, source.chunk)
 
     def _scatter(self, sources: list[Source], start: int) -> None:
         """Decode a few chunks to their place, and have those `_READ_AHEAD_BYTES` further on read meanwhile."""
         try:
-            array = self._array
-            if array is None:
+            views, scratch = self._views, None
+            if views is None:
                 return
-            target, scratch = array[self.head :], None
             self._will_need(sources[start + self._n_ahead : start + self._n_ahead + _CHUNKS_PER_JOB])
             for source in sources[start : start + _CHUNKS_PER_JOB]:
                 if self.error is not None:
                     return
-                rows = source.reader.read(source.layer_i, source.chunk, scratch)
-                scratch = rows if rows.flags.writeable else None
-                target[source.slots] = rows if len(source.rows) == len(rows) else rows[source.rows]
+                scratch = self._place(source, views, scratch)
             with self._lock:
                 self._n_jobs -= 1
                 is_last = self._n_jobs == 0
@@ -150,12 +167,36 @@ class Fill:
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             self._fail(error)
 
+    def _place(
+        self, source: Source, views: list[NDArray[Any]], scratch: NDArray[Any] | None
+    ) -> NDArray[Any] | None:
+        """One chunk to its place; returns a scratch buffer the next one of the same capture may use."""
+        reader, lane = source.reader, source.lane
+        before = perf_counter()
+        rows = reader.read(
+            lane.layer_index,
+            source.chunk,
+            scratch if scratch is not None and scratch.shape == reader.shape else None,
+        )
+        decoded = perf_counter()
+        target = views[lane.buffer][self.head :]
+        if rows.shape[1] != target.shape[1]:
+            target = target[:, lane.column : lane.column + rows.shape[1]]
+        target[source.slots] = rows if len(source.rows) == len(rows) else rows[source.rows]
+        self._counters.add(
+            decode_s=decoded - before,
+            scatter_s=perf_counter() - decoded,
+            read_bytes=int(reader.chunks.length[lane.layer_index, source.chunk]),
+            row_bytes=len(source.rows) * rows.shape[1] * rows.itemsize,
+        )
+        return rows if rows.flags.writeable else None
+
     def _fail(self, error: BaseException) -> None:
         self.error = self.error or error
         self._finish()
 
     def _finish(self) -> None:
-        self._array = None  # the tensor alone keeps the buffer from now on
+        self._views = None  # the tensors alone keep the buffers from now on
         self._done.set()
 
     def cancel(self, reason: str) -> None:
@@ -177,20 +218,22 @@ class Fill:
 def lay_out(
     members: Members,
     arrangement: Arrangement,
-    selected: list[NDArray[np.int64]],
-    readers: list[ShardReader],
+    selected: Sequence[NDArray[np.int64]],
+    *,
+    lanes: Sequence[Sequence[Lane]],
+    readers: Callable[[int, int], ShardReader],
+    shard: NDArray[np.int64],
     chunk: NDArray[np.int64],
-    layer_index: NDArray[np.int64],
     layer: NDArray[np.int64],
     first_row: NDArray[np.int64],
     is_mine: NDArray[np.bool_],
 ) -> Layout:
     """Turn an arrangement into work for the threads.
 
-    selected     per member, the selected rows within its chunk.
-    readers      per member, its shard.     chunk  [m] its chunk number.
-    layer_index  [m] its index on the layer axis.  layer [m] its model layer.  first_row [m] row of its chunk's first.
-    is_mine      [P] which partitions this rank reads.
+    selected   per member, the selected rows within its chunk.    lanes  per order lane, what a member of it reads.
+    readers    (buffer, shard) -> the reader of that shard of the buffer's capture.
+    shard, chunk, layer, first_row  [m] of each member: its shard, chunk, model layer, and row number of its first row.
+    is_mine    [P] which partitions this rank reads.
     """
     mine = is_mine[arrangement.partition]
     own_slot = np.cumsum(mine) - 1  # slot of the window -> slot among this rank's
@@ -205,5 +248,8 @@ def lay_out(
             continue
         slots = own_slot[slots]
         out_layer[slots], out_row[slots] = layer[m], first_row[m] + rows
-        sources.append(Source(readers[m], int(layer_index[m]), int(chunk[m]), rows, slots))
+        sources += [
+            Source(readers(lane.buffer, int(shard[m])), lane, int(chunk[m]), rows, slots)
+            for lane in lanes[members.layer_i[m]]
+        ]
     return Layout(sources, out_layer, out_row, arrangement.partition)

@@ -61,15 +61,19 @@ class Sequences(NamedTuple):
     keep: NDArray[np.bool_]
 
 
+def sweep_staged(final: Path) -> None:
+    """Remove the folders in which dead processes were planning the store `final`."""
+    for left in final.parent.glob(f"{glob.escape(final.name)}.planning-{'[0-9a-f]' * 16}"):
+        remove_abandoned(left)
+
+
 @contextmanager
 def staging(final: Path, on_operation: OnOperation | None) -> Iterator[Disk]:
     """A locked folder beside `final` in which a plan is written, renamed to `final` at the end.
 
-    Folders that dead processes left are removed first. FileExistsError when `final` was taken meanwhile.
+    FileExistsError when `final` was taken meanwhile.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(f"{glob.escape(final.name)}.planning-{'[0-9a-f]' * 16}"):
-        remove_abandoned(left)
     staged = final.parent / f"{final.name}.planning-{secrets.token_hex(8)}"
     disk = Disk(staged, on_operation)
     try:

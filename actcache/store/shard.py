@@ -155,7 +155,7 @@ class ShardReader:
     ) -> None:
         self._fetch = objects.read_range if files is None else files.view
         self._files, self.key, self.chunks = files, key, chunks
-        self._codec, self._shape = codec, shape
+        self._codec, self.shape = codec, shape
         self._offset = chunks.offset
 
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -174,8 +174,8 @@ class ShardReader:
         if crc32c(data) != int(self.chunks.crc[layer_i, chunk]):
             raise chunk_damage(self.key, layer_i, chunk, "does not match the crc32c in the ledger")
         if self._codec.name == "none" and n_bytes == self._codec.n_bytes:
-            return np.frombuffer(data, self._codec.dtype).reshape(self._shape)
-        rows = np.empty(self._shape, self._codec.dtype) if out is None else out
+            return np.frombuffer(data, self._codec.dtype).reshape(self.shape)
+        rows = np.empty(self.shape, self._codec.dtype) if out is None else out
         problem = self._codec.decode_into(memoryview(data), rows)
         if problem:
             raise chunk_damage(self.key, layer_i, chunk, f"cannot be decoded: {problem}")

@@ -1,15 +1,17 @@
 """Each peer trained as its own documentation says, on whatever rows come. Peers are imported when first used."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from tests.interop.rows import BATCH, K, N_LATENTS, STEPS, WIDTH, Train
+from tests.interop.rows import BATCH, N_LATENTS, STEPS, WIDTH, K, Train
 
 
-def train_saelens(rows: Iterator[Tensor], seed: int) -> Callable[[Tensor], Tensor]:
-    """SAELens: `SAETrainer` with our rows as its data provider, activations normalised by its own estimate."""
+def make_saelens(rows: Iterator[Tensor], seed: int, checkpoints: Path | None = None, on_save=None):
+    """SAELens: `SAETrainer` with our rows as its data provider; one checkpoint half way if it is told where."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -26,25 +28,24 @@ def train_saelens(rows: Iterator[Tensor], seed: int) -> Callable[[Tensor], Tenso
         lr=3e-3,
         lr_end=3e-4,
         n_batches_for_norm_estimate=32,
+        n_checkpoints=0 if checkpoints is None else 1,
+        checkpoint_path=None if checkpoints is None else str(checkpoints),
     )
-    return SAETrainer(cfg=cfg, sae=sae, data_provider=rows).fit().eval()
+    return SAETrainer(cfg=cfg, sae=sae, data_provider=rows, save_checkpoint_fn=on_save)
+
+
+def train_saelens(rows: Iterator[Tensor], seed: int) -> Callable[[Tensor], Tensor]:
+    """SAELens, with its own estimate of the norm of activations."""
+    return make_saelens(rows, seed).fit().eval()
 
 
 def train_dictionary_learning(rows: Iterator[Tensor], seed: int) -> Callable[[Tensor], Tensor]:
     """dictionary_learning: `trainSAE`, normalising activations, which it does by writing to the rows it gets."""
-    from dictionary_learning.trainers import TopKTrainer
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
     from dictionary_learning.training import trainSAE
 
-    class Kept(TopKTrainer):
-        """`trainSAE` returns nothing and writes files; this hands the dictionary over."""
-
-        def __init__(self, **options):
-            super().__init__(**options)
-            trained.append(self.ae)
-
-    trained: list[torch.nn.Module] = []
     config = {
-        "trainer": Kept,
+        "trainer": TopKTrainer,
         "steps": STEPS,
         "activation_dim": WIDTH,
         "dict_size": N_LATENTS,
@@ -56,8 +57,16 @@ def train_dictionary_learning(rows: Iterator[Tensor], seed: int) -> Callable[[Te
         "seed": seed,
         "device": "cpu",
     }
-    trainSAE(data=rows, trainer_configs=[config], steps=STEPS, normalize_activations=True, device="cpu")
-    return trained[0]
+    with TemporaryDirectory() as folder:
+        trainSAE(
+            data=rows,
+            trainer_configs=[config],
+            steps=STEPS,
+            normalize_activations=True,
+            device="cpu",
+            save_dir=folder,
+        )
+        return AutoEncoderTopK.from_pretrained(f"{folder}/trainer_0/ae.pt")
 
 
 def train_sparsify(rows: Iterator[Tensor], seed: int) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from tests.conftest import write_store
 WIDTH, N_LATENTS, K = 16, 256, 4
 BATCH, STEPS = 128, 300
 LAYER = 3
-N_ATOMS, N_ATOMS_IN_A_ROW = 48, 3
+N_ATOMS, N_ATOMS_IN_A_SEQUENCE, N_ATOMS_IN_A_ROW = 48, 6, 3
 
 Train = Callable[[Iterator[Tensor], int], Callable[[Tensor], Tensor]]
 """Rows and a seed in; what reconstructs rows out."""
@@ -36,14 +36,19 @@ class Rows(NamedTuple):
 
 
 def make_rows(folder: Path) -> Rows:
-    """4,096 rows to train on and 1,024 held out, bfloat16: each a few of 48 directions, an offset and some noise."""
+    """4,096 rows to train on and 1,024 held out, bfloat16: each a few of 48 directions, an offset and some noise.
+
+    Rows of a sequence share 6 directions, so that it matters how rows are shuffled.
+    """
     rng = np.random.default_rng(0)
     n_sequences, seq_len = 320, 16
     n_rows = n_sequences * seq_len
     atoms = rng.standard_normal((N_ATOMS, WIDTH))
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
     weights = np.zeros((n_rows, N_ATOMS))
-    chosen = rng.random((n_rows, N_ATOMS)).argsort(1)[:, :N_ATOMS_IN_A_ROW]
+    of_sequence = rng.random((n_sequences, N_ATOMS)).argsort(1)[:, :N_ATOMS_IN_A_SEQUENCE]
+    of_row = rng.random((n_rows, N_ATOMS_IN_A_SEQUENCE)).argsort(1)[:, :N_ATOMS_IN_A_ROW]
+    chosen = np.take_along_axis(of_sequence.repeat(seq_len, 0), of_row, axis=1)
     np.put_along_axis(weights, chosen, rng.uniform(1, 3, chosen.shape), axis=1)
     values = weights @ atoms + rng.standard_normal(WIDTH) + 0.05 * rng.standard_normal((n_rows, WIDTH))
     bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

@@ -1,0 +1,39 @@
+"""Where a stream's time goes: seconds per stage, summed over threads, and bytes."""
+
+import threading
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums since the stream was opened.
+
+    layout_s     deciding what goes where, on the stream's threads.
+    decode_s     reading, comparing with the ledger and decompressing, on the stream's threads.
+    scatter_s    copying rows to their shuffled place, on the stream's threads.
+    waited_s     the consumer waiting for a window.
+    consumer_s   the consumer doing something else between batches.
+    read_bytes   bytes of chunks read.     row_bytes  bytes of rows they became, after filters.
+    """
+
+    layout_s: float = 0.0
+    decode_s: float = 0.0
+    scatter_s: float = 0.0
+    waited_s: float = 0.0
+    consumer_s: float = 0.0
+    read_bytes: int = 0
+    row_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, **amounts: float) -> None:
+        """Add to some of the sums; safe among threads."""
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
+
+    def as_json(self) -> dict[str, float]:
+        """The sums by name."""
+        with self._lock:
+            return {
+                name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("_")
+            }

@@ -1,0 +1,72 @@
+"""What a stream hands out, and how: what its order depends on, and what changes nothing about it."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from actcache.reader.filters import RowRules
+from actcache.store.schema import digest_of
+
+Stack = Literal["data", "feature", "layers"]
+OrderName = Literal["global", "commit"]
+
+_MOST_LISTED = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What the rows and their order depend on besides the data: another value, another order.
+
+    hooks          captures, aligned row for row; the first decides the norm limits.
+    layers         the model's layer numbers.    stack  how a token's layers become rows, see `Store.stream`.
+    split          "train" or "holdout".         seed   of the order.
+    order          "global" or "commit", which mixes the `commit_shards` shards committed last.
+    batch_size     b, over all ranks.            drop_last  whether a short last batch of an epoch is left out.
+    window_rows    rows mixed together.          partitions  what ranks share out.
+    rules          which kept rows are streamed.
+    """
+
+    hooks: tuple[str, ...]
+    layers: tuple[int, ...]
+    stack: Stack
+    split: str
+    order: OrderName
+    commit_shards: int
+    seed: int
+    batch_size: int
+    window_rows: int
+    partitions: int
+    rules: RowRules
+    drop_last: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """By name, for a cursor: a long list is represented by its digest."""
+        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rules"}
+        flat |= {f.name: getattr(self.rules, f.name) for f in fields(self.rules)}
+        return {
+            name: _brief(list(value)) if isinstance(value, tuple) else value for name, value in flat.items()
+        }
+
+
+def _brief(values: list[Any]) -> Any:
+    return values if len(values) <= _MOST_LISTED else f"{len(values)} values, sha256 {digest_of(values)[:16]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """How rows reach the consumer: nothing here changes which rows come, or when.
+
+    epochs        how many; None goes on for ever.
+    threads       that read and decode.     memory_bytes  bound on window buffers; None for three windows.
+    dtype         of the batches; None: as stored.  device     of the batches.
+    rank, world_size  this reader's share: partitions p with p % world_size == rank.
+    """
+
+    epochs: int | None = 1
+    threads: int = 2
+    memory_bytes: int | None = None
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    rank: int = 0
+    world_size: int = 1
