@@ -31,6 +31,7 @@ from actcache.errors import ActcacheError, UsageError
 
 if TYPE_CHECKING:
     from actcache.producer.build import BuildSummary
+    from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
@@ -356,22 +357,214 @@ def _print_build(summary: "BuildSummary") -> None:
     )
 
 
+# import
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Activations: .npy or safetensors (a file or a folder), SAELens caches, saev shards.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Where the store goes, for example acts.zarr.")],
+    source_format: Annotated[
+        str | None,
+        typer.Option("--format", help="npy, safetensors, saelens or saev. Without it: told from the files."),
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(help='Layers to import: "all", "0,3,5" or "0:6" (6 not included).')
+    ] = "all",
+    layer_of: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N",
+            help="Layer number of a file (npy), tensor (safetensors), column (SAELens) or layer (saev) whose name does not "
+            "say it. What is not named is then left out. Repeat for several.",
+        ),
+    ] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(
+            help="Where in a block the rows come from: resid_post, resid_pre, mlp_in, mlp_out, attn_out. Without it: what "
+            "the source says, else resid_post."
+        ),
+    ] = None,
+    bfloat16_bits: Annotated[
+        bool, typer.Option("--bfloat16-bits", help="Numbers of type uint16 in .npy files are bfloat16.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Stored as bfloat16, float16 or float32. Without it: as in the source, bit for bit."
+        ),
+    ] = None,
+    codec: Annotated[str, typer.Option(help="zstd (smallest), lz4 (faster) or none.")] = "zstd",
+    holdout: Annotated[
+        float, typer.Option(help="Fraction held out for evaluation: whole documents, whole shards.")
+    ] = 0.01,
+    exclude_first: Annotated[
+        int | None,
+        typer.Option(
+            help="Never train on the first N positions of a sequence. Without it: 1, or 0 where a sequence has one position "
+            "or a saev example has no [CLS]."
+        ),
+    ] = None,
+    special_id: Annotated[
+        list[int] | None,
+        typer.Option(help="Never train on tokens of this id, such as BOS or EOS. Repeat for several."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Decides the holdout, the order of sequences and the mixing of rows.")
+    ] = 0,
+    model_name: Annotated[
+        str | None, typer.Option(help="What the model is called in the plan, where the source does not say.")
+    ] = None,
+    tokenizer_name: Annotated[
+        str | None, typer.Option(help="What the tokenizer is called: only its digest is kept.")
+    ] = None,
+    shard_memory: Annotated[
+        str, typer.Option(help="Memory for the two shards being filled; decides the shard size.")
+    ] = "1GiB",
+    sequences_per_shard: Annotated[int | None, typer.Option(help="Shard size by hand, in sequences.")] = None,
+    encode_threads: Annotated[int, typer.Option(help="Threads that compress.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Make a store of activations that something else wrote. Run the same command again to continue."""
+    from actcache.model import parse_layers
+    from actcache.producer.importing import ImportSettings, open_source
+
+    if dtype is not None:
+        _choice("dtype", dtype, ("bfloat16", "float16", "float32"))
+    _choice("codec", codec, ("zstd", "lz4", "none"))
+    opened = open_source(
+        source,
+        source_format=source_format,
+        layer_of=_named_layers(layer_of or []),
+        hook=hook,
+        bfloat16_bits=bfloat16_bits,
+    )
+    settings = ImportSettings(
+        out=out,
+        layers=None if layers == "all" else parse_layers(layers, max(opened.facts.layers) + 1),
+        dtype=dtype,
+        codec=codec,
+        holdout_frac=holdout,
+        exclude_first=exclude_first,
+        special_ids=tuple(special_id or ()),
+        seed=seed,
+        model_name=model_name,
+        tokenizer_name=tokenizer_name,
+        sequences_per_shard=sequences_per_shard,
+        shard_memory_bytes=_size(shard_memory),
+    )
+    summary = _import(opened, settings, encode_threads, quiet=as_json)
+    if as_json:
+        print(json.dumps({**asdict(summary), "store": str(summary.store)}))
+
+
+def _named_layers(given: list[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        if not name or not number.isdigit():
+            raise UsageError(f"--layer-of {text}: expected NAME=N, such as acts.npy=3")
+        found[name] = int(number)
+    return found
+
+
+def _import(
+    source: "Source", settings: "ImportSettings", encode_threads: int, *, quiet: bool
+) -> "ImportSummary":
+    from actcache.producer.importing import ImportReporter, import_activations
+
+    with _progress("tok", quiet=quiet) as progress:
+        hashing = progress.add_task("fingerprint (MiB)", total=None)
+        running = progress.add_task("activations", total=None, visible=False)
+
+        def hashed(n_bytes: int, total: int) -> None:
+            progress.update(hashing, completed=n_bytes >> 20, total=max(1, total >> 20))
+
+        def started(n_done: int, n_tokens: int) -> None:
+            progress.update(hashing, visible=False)
+            progress.update(running, total=n_tokens, completed=n_done, visible=True)
+
+        def forecast(grid: "Grid", size: "SizeForecast") -> None:
+            if not quiet:
+                _print_forecast(settings.out, grid, size)
+
+        reporter = ImportReporter(
+            on_fingerprint=hashed,
+            on_forecast=forecast,
+            on_start=started,
+            on_tokens=lambda n: progress.advance(running, n),
+        )
+        terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            summary = import_activations(source, settings, encode_threads=encode_threads, reporter=reporter)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(
+                f"stopped; every committed shard of {settings.out} is safe. Run the same command again to continue."
+            )
+            sys.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+    if not quiet:
+        _print_import(summary)
+    return summary
+
+
+def _print_import(summary: "ImportSummary") -> None:
+    if summary.was_complete:
+        console.print(
+            f"{summary.store} is complete: all {summary.n_shards} shards are committed. Nothing to do."
+        )
+        return
+    console.print(
+        f"{summary.store}: {summary.n_tokens:,} tokens in {summary.elapsed_s:.1f} s; {_bytes(summary.raw_bytes)} -> "
+        f"{_bytes(summary.disk_bytes)} ({summary.raw_bytes / max(1, summary.disk_bytes):.2f}x)",
+        highlight=False,
+    )
+
+
 # info and verify
 
 
 @app.command()
-def info(store: StorePath, as_json: Json = False) -> None:
+def info(
+    store: StorePath,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Also measure how well its stream is shuffled.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="With --shuffle: rows per batch.")] = 8192,
+    window_rows: Annotated[int, typer.Option(help="With --shuffle: rows shuffled together.")] = 131_072,
+    order: Annotated[str, typer.Option(help="With --shuffle: global or commit.")] = "global",
+    commit_shards: Annotated[int, typer.Option(help="With --order commit: shards mixed together.")] = 4,
+    batches: Annotated[int, typer.Option(help="With --shuffle: batches to measure.")] = 200,
+    as_json: Json = False,
+) -> None:
     """Say what a store holds: model, text, layers, size, how much of it is committed."""
     from actcache.store.open import open_catalog
 
     catalog = open_catalog(store)
     facts = _facts(catalog)
+    if shuffle:
+        with actcache.open(store).stream(
+            batch_size=batch_size,
+            window_rows=window_rows,
+            order=order,  # type: ignore[arg-type]
+            commit_shards=commit_shards,
+        ) as stream:
+            facts["shuffle"] = stream.quality(batches).as_json()
     if as_json:
         print(json.dumps(facts))
         return
     table = Table(show_header=False, show_edge=False, title=store, title_justify="left")
     for name, value in facts.items():
-        if name != "captures":
+        if name not in ("captures", "shuffle"):
             table.add_row(name.replace("_", " "), _said(value))
     console_out = Console()
     console_out.print(table)
@@ -380,6 +573,27 @@ def info(store: StorePath, as_json: Json = False) -> None:
         for key, value in capture.items():
             table.add_row(key.replace("_", " "), _said(value))
         console_out.print(table)
+    if shuffle:
+        _print_shuffle(console_out, facts["shuffle"])
+
+
+def _print_shuffle(out: Console, quality: dict[str, Any]) -> None:
+    title = f"\nshuffle, {quality['n_batches']} batches of {quality['batch_size']:,} rows"
+    table = Table(show_edge=False, title=title, title_justify="left")
+    for name in ("", "measured", "perfect in its window", "perfect over all rows"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("variance of batch means", f"{quality['variance_ratio']:.3f}", "", "1.000")
+    for name, said, form in (
+        ("sequences", "distinct sequences in a batch", ",.1f"),
+        ("documents", "distinct documents in a batch", ",.1f"),
+        ("largest_document", "largest share of one document", ".2%"),
+        ("previous_sequence", "rows whose sequence was in the batch before", ".2%"),
+    ):
+        values = (quality[name], quality["window"][name], quality["everything"][name])
+        table.add_row(said, *(f"{value:{form}}" for value in values))
+    out.print(table)
+    for warning in quality["warnings"]:
+        out.print(f"warning: {warning}", style="yellow")
 
 
 def _said(value: Any) -> str:
@@ -468,6 +682,54 @@ def verify(
         )
     if problems:
         raise typer.Exit(1)
+
+
+@app.command("bench")
+def bench_(
+    store: StorePath,
+    hook: Annotated[str | None, typer.Option(help="Which capture, where the store has several.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads that read and decode.")] = 2,
+    window_rows: Annotated[int, typer.Option(help="Rows shuffled together.")] = 131_072,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Seconds for each part of a round.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Measure what limits reading a store here: memory, disk, decoding, the stream; name the bottleneck."""
+    from actcache.reader.bench import bench
+    from actcache.store.open import open_catalog
+
+    opened = actcache.open(store)
+    catalog = open_catalog(store)
+    capture = catalog.capture(hook or ("resid_post" if "resid_post" in catalog.captures else opened.hooks[0]))
+    found = bench(
+        lambda: opened.stream(
+            hook=capture.capture.name, threads=threads, window_rows=window_rows, epochs=None
+        ),
+        capture,
+        rounds=rounds,
+        seconds=seconds,
+    )
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    table = Table(show_edge=False, title=f"{store}, {threads} threads", title_justify="left")
+    table.add_column("what")
+    table.add_column("per second", justify="right")
+    table.add_column("of memcpy", justify="right")
+    for name, value in (
+        ("memcpy, 1 thread", found.memcpy),
+        ("disk, bytes on disk", found.disk),
+        ("read + check + decode, 1 thread", found.decode),
+        ("stream", found.stream),
+        ("stream, per CPU second", found.stream_cpu),
+    ):
+        if value is not None:
+            table.add_row(name, _bytes(value), f"{value / found.memcpy:.2f}")
+    out = Console()
+    out.print(table)
+    shares = ", ".join(f"{name} {100 * value:.0f} %" for name, value in found.share.items())
+    out.print(f"ratio {found.ratio:.2f}x; threads' time: {shares}", highlight=False)
+    out.print(f"bottleneck: {found.bottleneck}", highlight=False)
 
 
 # train and eval

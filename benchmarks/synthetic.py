@@ -16,12 +16,19 @@ from actcache.store.schema import CorpusRecord, Grid, ModelRecord, Request, Text
 
 
 def make_store(
-    out: Path, *, n_tokens: int, n_layers: int, width: int, codec: str, seq_len: int = 128, shard_rows: int = 32_768
+    out: Path,
+    *,
+    n_tokens: int,
+    n_layers: int,
+    width: int,
+    codec: str,
+    seq_len: int = 128,
+    shard_rows: int = 32_768,
 ) -> Path:
     """Write a store unless it is there; returns its path."""
-    if (out / "zarr.json").exists() and len(Catalog(LocalObjects(out)).capture("resid_post").committed()) == _shards(
-        n_tokens, shard_rows
-    ):
+    if (out / "zarr.json").exists() and len(
+        Catalog(LocalObjects(out)).capture("resid_post").committed()
+    ) == _shards(n_tokens, shard_rows):
         return out
     per_shard = shard_rows // seq_len
     grid = Grid(
@@ -37,9 +44,17 @@ def make_store(
     zeros = "0" * 64
     request = Request(
         model=ModelRecord(
-            name="synthetic", revision=None, family="none", n_layers=n_layers, width=width, compute_dtype="float32", digest=zeros
+            name="synthetic",
+            revision=None,
+            family="none",
+            n_layers=n_layers,
+            width=width,
+            compute_dtype="float32",
+            digest=zeros,
         ),
-        tokenizer=TokenizerRecord(digest=zeros, vocab_size=50_000, separator_id=0, bos_id=None, special_ids=(0,)),
+        tokenizer=TokenizerRecord(
+            digest=zeros, vocab_size=50_000, separator_id=0, bos_id=None, special_ids=(0,)
+        ),
         corpus=CorpusRecord(name="synthetic", text_column="text", files=()),
         n_tokens=n_tokens,
         seq_len=seq_len,
@@ -55,13 +70,17 @@ def make_store(
         shard_memory_bytes=1 << 30,
     )
     captures = [
-        CaptureRequest(hook="resid_post", layers=tuple(range(n_layers)), width=width, dtype="bfloat16", codec=codec)
+        CaptureRequest(
+            hook="resid_post", layers=tuple(range(n_layers)), width=width, dtype="bfloat16", codec=codec
+        )
     ]
 
     def sequences(shard: int) -> Sequences:
         ids = np.arange(shard * per_shard, (shard + 1) * per_shard, dtype=np.uint32)
         shape = (per_shard, seq_len)
-        return Sequences(np.ones(shape, np.uint32), np.repeat(ids[:, None], seq_len, 1), np.ones(shape, np.bool_))
+        return Sequences(
+            np.ones(shape, np.uint32), np.repeat(ids[:, None], seq_len, 1), np.ones(shape, np.bool_)
+        )
 
     with staging(out, None) as disk:
         text = TextRecord(
@@ -88,7 +107,13 @@ def make_store(
     scale = np.exp(rng.normal(0, 0.5, width)).astype(np.float32)
     with Disk(out) as disk, ThreadPoolExecutor(2) as pool:
         committer = ShardCommitter(
-            disk, catalog.objects, capture, capture_arrays(grid, capture), pool, "benchmark", lambda _s, _r: ""
+            disk,
+            catalog.objects,
+            capture,
+            capture_arrays(grid, capture),
+            pool,
+            "benchmark",
+            lambda _s, _r: "",
         )
         for shard in range(grid.n_shards):
             x = rng.standard_normal((n_layers, shard_rows, width), dtype=np.float32) * scale

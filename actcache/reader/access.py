@@ -209,7 +209,9 @@ class Store:
                 raise UsageError(
                     f"sequences {q[at][(rows < 0).any(1)].tolist()} hold padding at those positions; see .document"
                 )
-            out[at] = self._rows(capture, int(shard), layer_i, rows.reshape(-1)).reshape(len(at), len(t), -1)
+            out[at] = self._rows(capture, int(shard), layer_i, rows.reshape(-1)).reshape(
+                len(at), len(t), out.shape[2]
+            )
         tensor = torch.from_numpy(out)
         tensor = tensor.view(torch.bfloat16) if capture.capture.dtype == "bfloat16" else tensor
         return tensor if dtype is None else tensor.to(dtype)

@@ -18,6 +18,7 @@ from actcache.reader.counters import Counters
 from actcache.reader.filters import RowFilter
 from actcache.reader.order import CommitOrder, GlobalOrder, arrange, groups_of, list_chunks, steps_of
 from actcache.reader.provenance import Provenance
+from actcache.reader.quality import Expected, Quality, QualityMeter, expected
 from actcache.reader.selection import Delivery, Selection
 from actcache.reader.window import BufferPool, Fill, Lane, Layout, lay_out
 from actcache.store.open import CaptureCatalog
@@ -212,7 +213,7 @@ class Stream:
     def peek(self, n_rows: int) -> Batch:
         """The first `n_rows` rows of epoch 0 (fewer if there are fewer), copied. Moves no cursor."""
         batches: list[Batch] = []
-        with Stream(self._captures, self._provenance, self.selection, self.delivery, self._kept) as fresh:
+        with self._copy() as fresh:
             for batch in fresh:
                 batches.append(batch)
                 if sum(len(b) for b in batches) >= n_rows:
@@ -227,6 +228,48 @@ class Stream:
             layer = batches[0].layer
         hooks = {name: torch.cat([b.hooks[name] for b in batches])[:n_rows] for name in batches[0].hooks}
         return Batch(rows, layer, sequence, position, hooks=hooks)
+
+    def _copy(self) -> "Stream":
+        return Stream(self._captures, self._provenance, self.selection, self.delivery, self._kept)
+
+    def quality(self, n_batches: int = 64) -> Quality:
+        """How well the next `n_batches` batches are shuffled. Reads them again for it; moves no cursor.
+
+        Expectations count kept rows before filters by norm, position or token.
+        """
+        meter, windows = QualityMeter(self.n_rows), dict[tuple[int, int], None]()
+        with self._copy() as copy:
+            copy._cursor = self._cursor
+            for batch in copy:
+                windows[copy._cursor.epoch, copy._cursor.window] = None
+                meter.update(batch)
+                if meter.n_batches == n_batches:
+                    break
+        if not meter.n_batches:
+            raise UsageError("the stream is at its end: no batch is left to measure; `set_epoch` goes back")
+        n_windows = self._order(0).n_windows
+        pairs = [self._expected(self._window_rows(e, w)) for e, w in windows if w < n_windows]
+        everything = self._expected(np.concatenate([self._window_rows(0, w) for w in range(n_windows)]))
+        return meter.result(pairs or [everything], everything)
+
+    def _window_rows(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """Global row numbers of a window's rows, once per layer, in no order."""
+        members, chunks, r = self._order(epoch).members(window), self._chunks, self._grid.rows_per_chunk
+        starts = chunks.shard[members.listed] * self._grid.rows_per_shard + chunks.chunk[members.listed] * r
+        counts = chunks.n_rows[members.listed]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(starts, counts) + within
+
+    def _expected(self, rows: NDArray[np.int64]) -> tuple[Expected, Expected]:
+        """Expectations of a perfect shuffle of these rows, for sequences and for documents."""
+        sequence, document = (
+            expected(
+                np.unique(self._provenance.look_up(name, rows), return_counts=True)[1],
+                self.selection.batch_size,
+            )
+            for name in ("sequence", "document")
+        )
+        return sequence, document
 
     # The cursor.
 

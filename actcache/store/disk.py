@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from actcache.errors import DiskFullError, UsageError
 
 WORK_DIR = ".partial"
 _LOCK = "lock"
+_BIRTH_DEADLINE_S = 30.0
 
 
 def _sync_dir(path: Path) -> None:
@@ -135,15 +137,24 @@ class Disk:
 
     def __enter__(self) -> Self:
         self.announce("mkdir", WORK_DIR)
-        while self._lock_fd is None:  # another process may remove any of the folders between the steps
+        deadline = time.monotonic() + _BIRTH_DEADLINE_S
+        while True:  # another process may remove or hold any of the folders between the steps
             try:
                 self.workspace.mkdir(parents=True, exist_ok=True)
                 self._lock_fd = _try_lock(self.workspace / _LOCK)
-            except FileNotFoundError:
-                continue
+            except (FileNotFoundError, FileExistsError):
+                if time.monotonic() > deadline:
+                    raise
             except OSError as error:
                 raise _explained(error, self.workspace) from error
-        return self
+            if self._lock_fd is not None:
+                return self
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"{self.workspace} could not be locked for {_BIRTH_DEADLINE_S:g} s. The file system must have "
+                    f"working file locks (flock): put the store on another disk."
+                )
+            time.sleep(0.001)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None

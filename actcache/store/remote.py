@@ -20,6 +20,7 @@ from actcache.errors import ActcacheError, UsageError
 from actcache.store.keyed import derive
 
 GAP_BYTES = 256 * 1024
+FREE_GAP_BYTES = 16
 WASTE = 0.03
 REQUEST_BYTES = 8 * 2**20
 IN_FLIGHT = 16
@@ -107,7 +108,8 @@ def merge_ranges(
 
     Neighbours share a request while the gap between them is under `gap_bytes`, all gaps of the request together stay
     within the share `waste` of what was asked for, and the request within `request_bytes`. (A gap of 256 KiB costs
-    less than a request; without the share, reading few chunks of each shard would read nearly all of it.)
+    less than a request; without the share, reading few chunks of each shard would read nearly all of it. The four
+    bytes behind each chunk do not count.)
     """
     merged: list[Merged] = []
     end = asked = wasted = 0
@@ -115,15 +117,16 @@ def merge_ranges(
         start, n_bytes = ranges[part]
         new_end = max(end, start + n_bytes)
         gap, fresh = max(0, start - end), new_end - max(end, start) if merged else n_bytes
+        lost = gap if gap > FREE_GAP_BYTES else 0
         if (
             merged
             and gap < gap_bytes
-            and wasted + gap <= waste * (asked + fresh)
+            and wasted + lost <= waste * (asked + fresh)
             and new_end - merged[-1].start <= request_bytes
         ):
             merged[-1].parts.append(part)
             merged[-1] = merged[-1]._replace(n_bytes=new_end - merged[-1].start)
-            end, asked, wasted = new_end, asked + fresh, wasted + gap
+            end, asked, wasted = new_end, asked + fresh, wasted + lost
         else:
             merged.append(Merged(start, n_bytes, [part]))
             end, asked, wasted = start + n_bytes, n_bytes, 0

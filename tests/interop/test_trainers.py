@@ -2,9 +2,17 @@
 
 Needs the packages of requirements.txt (`make interop`); without them these tests fail.
 
-How far apart may the losses be? Final FVU varies with the order of rows alone. Over 24 seeds, the standard deviation of
-log(FVU in one random order / FVU in another), same weights at the start, is SPREAD. SEEDS runs are averaged, and four
-standard deviations of that average are allowed. Over the same 24 seeds stream / tensor - 1 was on average MEASURED.
+How far apart may the losses be? The final FVU varies with the order of rows alone: over 24 seeds, the standard deviation
+of FVU in one random order / FVU in another, from the same weights, is SPREAD. SEEDS runs are averaged, and four standard
+deviations of that average are allowed. Over the same 24 seeds:
+
+    FVU                     saelens         dictionary_learning   sparsify
+    from the store          0.369           0.2113                0.168
+    from a tensor           0.367           0.2116                0.168
+    ratio - 1, its error    0.7 % +- 1.1    -0.1 % +- 0.2         0.3 % +- 0.5
+    allowed                 11 %            2.4 %                 5.2 %
+    rows unshuffled         + 26 %          + 4.2 %               + 6.0 %
+    half of the rows        + 0.2 %         + 7.7 %               + 11 %
 """
 
 import itertools
@@ -21,7 +29,7 @@ from tests.interop.rows import BATCH, STEPS, fvu, make_rows, shuffled
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 
 SEEDS = 4
-SPREAD = {"saelens": 0.05, "dictionary_learning": 0.01, "sparsify": 0.02}
+SPREAD = {"saelens": 0.055, "dictionary_learning": 0.012, "sparsify": 0.026}
 LEARNT = {"saelens": 0.5, "dictionary_learning": 0.3, "sparsify": 0.3}
 N_BATCHES = STEPS + 150  # of which some go into estimating norms
 

@@ -296,5 +296,5 @@ class _Filler:
             )
         return NonFiniteError(
             f"{'NaN' if np.isnan(x).any() else 'infinity'} in {where}: the shard was not committed. Correct the source, or "
-            f"leave the layer out with --layers."
+            f"leave the layer out with --layers, and import into a new store."
         )
