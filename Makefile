@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check soak bench clean install
+.PHONY: demo test check interop soak bench clean install
 
 install: $(READY)
 
@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/actcache demo --out demo
 
-test: check
+test: check interop
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -30,6 +30,17 @@ check: $(READY)
 	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+# Other projects' trainers, at pinned versions, beside the environment and never in it.
+INTEROP := $(abspath $(VENV))/interop
+
+$(VENV)/.interop: $(READY) tests/interop/requirements.txt
+	rm -rf $(INTEROP)
+	$(PIP) install --quiet --no-deps --no-compile --target $(INTEROP) --requirement tests/interop/requirements.txt
+	touch $@
+
+interop: $(VENV)/.interop
+	PYTHONPATH=$(INTEROP) $(BIN)/pytest -m interop tests/interop
 
 soak: $(READY)
 	$(BIN)/pytest -m soak --timeout 7200

@@ -77,6 +77,8 @@ class RowFilter:
         """What the plan alone decides, the same for every layer."""
         n, rules = int(self._kept[shard]), self._rules
         passing = np.ones(n, np.bool_)
+        if rules.positions is None and rules.exclude_tokens is None:
+            return passing
         position = self._plan_object("row_position", shard)[:n]
         if rules.positions is not None:
             passing &= np.isin(position, np.array(rules.positions, np.uint32))

@@ -306,7 +306,15 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the cursor to the end of the last epoch."""
         while self.delivery.epochs is None or self._cursor.epoch < self.delivery.epochs:
-            yield from self._rest_of_epoch()
+            starts_whole, n_batches = self._cursor[1:] == (0, 0), 0
+            for batch in self._rest_of_epoch():
+                n_batches += 1
+                yield batch
+            if starts_whole and not n_batches and self.delivery.epochs is None:
+                raise UsageError(
+                    f"an epoch of {self.n_rows} rows holds no batch of {self.selection.batch_size}: an endless stream of "
+                    f"it would never hand one out. Lower batch_size, loosen the filters, or drop_last=False"
+                )
 
     def _order(self, epoch: int) -> GlobalOrder | CommitOrder:
         if epoch not in self._orders:

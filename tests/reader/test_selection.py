@@ -144,6 +144,12 @@ def test_what_cannot_be_streamed_is_refused(truth, options, message):
         actcache.open(truth.root).stream(**SMALL | options)
 
 
+def test_an_endless_stream_without_batches_is_refused(truth):
+    stream = actcache.open(truth.root).stream(batch_size=10_000, epochs=None, drop_last=True)
+    with stream, pytest.raises(UsageError, match="holds no batch of 10000"):
+        next(iter(stream))
+
+
 # The commit order.
 
 

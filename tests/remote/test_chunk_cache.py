@@ -61,7 +61,7 @@ def test_what_is_larger_than_the_bound_is_not_kept(tmp_path):
     assert entries(tmp_path) == {"a"}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     limit=st.integers(1, 8),
     puts=st.lists(
@@ -216,7 +216,7 @@ def _start(code: str, *arguments: object) -> subprocess.Popen:
 
 def test_several_processes_share_it(tmp_path):
     limit = 12 * BLOCK
-    writers = [_start(_WRITER, tmp_path, limit, seed, 60) for seed in range(2)]
+    writers = [_start(_WRITER, tmp_path, limit, seed, 40) for seed in range(2)]
     most = 0
     for writer in writers:
         while writer.poll() is None:
@@ -305,7 +305,7 @@ def test_what_ends_early_is_not_kept(tmp_path, source):
     assert len(source.ranges) == 2
 
 
-def test_a_second_epoch_needs_no_network(tmp_path, upload, proxy, client, monkeypatch):
+def test_a_second_epoch_needs_no_network(tmp_path, upload, proxy, monkeypatch):
     truth = write_store(tmp_path / "local", n_sequences=16)
     objects = open_objects(
         f"{client}+{upload(truth.root)}", cache_dir=tmp_path / "cache", cache_bytes=1 << 22

@@ -126,6 +126,7 @@ def test_a_stream_through_bad_weather(tmp_path, upload, open_store, proxy):
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("client", ["obstore"])
 def test_when_the_network_dies_the_consumer_hears_of_it_and_goes_on_later(
     tmp_path, upload, open_store, proxy
 ):
@@ -144,6 +145,7 @@ def test_when_the_network_dies_the_consumer_hears_of_it_and_goes_on_later(
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("client", ["obstore"])
 def test_being_unreachable_is_not_damage(tmp_path, upload, open_url, proxy):
     truth = write_store(tmp_path / "local")
     catalog = Catalog(open_url(upload(truth.root)))

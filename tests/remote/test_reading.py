@@ -45,7 +45,7 @@ def truth(tmp_path):
     return write_store(tmp_path / "local", n_sequences=16, hooks=("resid_post", "mlp_out"))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("client", "threads"), [("obstore", 1), ("obstore", 3), ("fsspec", 3)])
 def test_streams_are_those_of_the_local_copy(truth, upload, client, threads):
     local, remote = Store(truth.root), Store(f"{client}+{upload(truth.root)}")
     assert remote.plan == local.plan
@@ -197,21 +197,21 @@ def test_a_large_object_is_read_in_parts(put, open_url, proxy, monkeypatch):
     assert sum(bool(seen.range) and seen.n_bytes <= 1000 for seen in proxy.seen) >= 11
 
 
-def test_verify(truth, upload, s3, bucket, open_url):
+def test_verify(truth, upload, s3, bucket):
     url = upload(truth.root)
-    assert find_problems(Catalog(open_url(url)), threads=2) == []
+    assert find_problems(Catalog(open_objects(url)), threads=2) == []
     key = next((truth.root / "acts/resid_post/rows").glob("c.*"))
     name = key.relative_to(truth.root).as_posix()
     data = bytearray(key.read_bytes())
     data[5] ^= 1
     s3.put_object(Bucket=bucket, Key=f"some/store.zarr/{name}", Body=bytes(data))
     s3.delete_object(Bucket=bucket, Key="some/store.zarr/tokens/c.1.0")
-    problems = {found.object for found in find_problems(Catalog(open_url(url)), threads=2)}
+    problems = {found.object for found in find_problems(Catalog(open_objects(url)), threads=2)}
     assert problems == {name, "tokens/c.1.0"}
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "empty", "swapped"])
-def test_damage_is_an_error(truth, upload, s3, bucket, client, damage):
+def test_damage_is_an_error(truth, upload, s3, bucket, damage):
     url = upload(truth.root)
     keys = sorted(
         p.relative_to(truth.root).as_posix() for p in (truth.root / "acts/resid_post/rows").glob("c.*")
@@ -228,18 +228,18 @@ def test_damage_is_an_error(truth, upload, s3, bucket, client, damage):
         }[damage]
         s3.put_object(Bucket=bucket, Key=at, Body=changed)
     with pytest.raises(DamageError):
-        all_batches(Store(f"{client}+{url}"))
+        all_batches(Store(url))
 
 
 # How much is read.
 
 
-def test_one_layer_reads_its_share_of_the_bytes(tmp_path, upload, proxy, client):
+def test_one_layer_reads_its_share_of_the_bytes(tmp_path, upload, proxy):
     layers = tuple(range(5))
     truth = write_store(
         tmp_path / "wide", n_sequences=32, per_shard=16, layers=layers, width=64, n_holdout_shards=0
     )
-    store = Store(f"{client}+{upload(truth.root)}")
+    store = Store(upload(truth.root))
     n_rows_bytes = sum(path.stat().st_size for path in (truth.root / "acts/resid_post/rows").glob("c.*"))
     for window_rows in (16, 1 << 20):  # few chunks of each shard at a time, and all of them
         proxy.seen.clear()
