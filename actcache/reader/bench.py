@@ -115,8 +115,6 @@ def _chunk_bytes(capture: CaptureCatalog, shard: int) -> int:
 def _disk(capture: CaptureCatalog, shards: list[int], seconds: float) -> float | None:
     if not isinstance(capture.objects, LocalObjects) or not hasattr(os, "posix_fadvise"):
         return None
-    if capture.files is not None:
-        capture.files.close()  # the system keeps what is mapped
     n_bytes, spent, buffer = 0, 0.0, bytearray(_READ_BYTES)
     for shard in shards:
         fd = os.open(capture.objects.root / capture.arrays["rows"].key(0, shard, 0), os.O_RDONLY)

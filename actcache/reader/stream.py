@@ -487,9 +487,6 @@ class Stream:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-        for found in self._captures:
-            if found.files is not None:
-                found.files.close()
 
     def __enter__(self) -> Self:
         return self

@@ -102,7 +102,7 @@ def open_objects(
     storage_options: Mapping[str, Any] | None = None,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
-    cache_bytes: int = CACHE_BYTES,
+    cache_bytes: int | None = None,
     patience: Patience | None = None,
 ) -> Objects:
     """The objects of a local folder or of a URL.
@@ -113,7 +113,7 @@ def open_objects(
         storage_options: for s3 `key`, `secret`, `token`, `anon`, `endpoint_url`, `region`, in place of the usual
             environment variables; `client` ("obstore" or "fsspec"); others are passed to fsspec.
         cache_dir: a folder of this machine where chunks read from a URL are kept.
-        cache_bytes: the most that folder may hold.
+        cache_bytes: the most that folder may hold; None: 16 GiB.
         patience: attempts and deadlines of requests.
 
     Raises:
@@ -134,7 +134,9 @@ def open_objects(
     if cache_dir is None:
         return objects
     digest = hashlib.sha256(objects.url.encode() + b"\n" + document).hexdigest()
-    return CachedObjects(objects, ChunkCache(Path(cache_dir), cache_bytes), digest)
+    return CachedObjects(
+        objects, ChunkCache(Path(cache_dir), CACHE_BYTES if cache_bytes is None else cache_bytes), digest
+    )
 
 
 def _open_remote(url: str, options: dict[str, Any], patience: Patience) -> RemoteObjects:

@@ -22,7 +22,7 @@ from actcache.store.arrays import (
 )
 from actcache.store.codec import CRC_BYTES
 from actcache.store.ledger import ledger_key, parse_record
-from actcache.store.mapped import MappedFiles
+from actcache.store.local import LocalFiles
 from actcache.store.objects import LocalObjects, Objects, open_objects
 from actcache.store.schema import FORMAT, Capture, Plan, PlannedShard, ShardRecord, digest_of
 from actcache.store.shard import Chunks, ShardReader
@@ -90,7 +90,7 @@ class CaptureCatalog:
         self.arrays = capture_arrays(plan.grid, capture)
         self._records: dict[int, ShardRecord] = {}
         self._readers: dict[int, ShardReader] = {}
-        self.files = MappedFiles(objects.root) if isinstance(objects, LocalObjects) else None
+        self.files = LocalFiles(objects.root) if isinstance(objects, LocalObjects) else None
 
     def committed(self) -> list[int]:
         """Committed shards, ascending. Looks at the store every time it is called."""

@@ -124,12 +124,10 @@ class ObstoreClient:
             config = {_OPTION_OF_OBSTORE[name]: value for name, value in given.items()}
         elif options:
             raise UsageError(f"storage_options {sorted(options)} are fsspec's own: use fsspec+{url}")
+        make: Any = from_url  # annotated per kind of store
         try:
-            self._store: Any = from_url(
-                url,
-                config=config or None,
-                client_options=http,
-                retry_config={"max_retries": 0},  # type: ignore[arg-type]
+            self._store = make(
+                url, config=config or None, client_options=http, retry_config={"max_retries": 0}
             )
         except (obstore.exceptions.BaseError, ValueError) as error:
             raise UsageError(f"{url} cannot be opened: {' '.join(str(error).split())[:300]}") from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from actcache.errors import DamageError
 from actcache.store.arrays import ArraySpec
 from actcache.store.codec import CRC_BYTES, Codec, crc32c, with_trailer
-from actcache.store.mapped import MappedFiles
+from actcache.store.local import LocalFiles
 from actcache.store.objects import Objects
 from actcache.store.schema import ChunkTable
 
@@ -140,7 +140,7 @@ def chunk_damage(key: str, layer_i: int, chunk: int, what: str) -> DamageError:
 class ShardReader:
     """Chunks of one committed shard, each compared with the ledger before it is decoded.
 
-    files  maps of a local store, so that chunks need not be copied out of the page cache; None reads through `objects`.
+    files  reads a local store without new memory for each chunk; None reads through `objects`.
     """
 
     def __init__(
@@ -151,9 +151,9 @@ class ShardReader:
         codec: Codec,
         shape: tuple[int, int],
         *,
-        files: MappedFiles | None = None,
+        files: LocalFiles | None = None,
     ) -> None:
-        self._fetch = objects.read_range if files is None else files.view
+        self._fetch = objects.read_range if files is None else files.read
         self._files, self.key, self.chunks = files, key, chunks
         self._codec, self.shape = codec, shape
         self._offset = chunks.offset
@@ -161,7 +161,8 @@ class ShardReader:
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows [R, d] of one chunk; DamageError where a byte differs from what was committed.
 
-        They are in `out` where something had to be decoded, else (codec `none`) a read-only view of the bytes read.
+        They are in `out` where something had to be decoded, else (codec `none`) a read-only view of the bytes read, good
+        until this thread reads again.
         """
         n_bytes = int(self.chunks.length[layer_i, chunk]) - CRC_BYTES
         start = int(self._offset[layer_i, chunk])
@@ -174,7 +175,9 @@ class ShardReader:
         if crc32c(data) != int(self.chunks.crc[layer_i, chunk]):
             raise chunk_damage(self.key, layer_i, chunk, "does not match the crc32c in the ledger")
         if self._codec.name == "none" and n_bytes == self._codec.n_bytes:
-            return np.frombuffer(data, self._codec.dtype).reshape(self.shape)
+            view = np.frombuffer(data, self._codec.dtype).reshape(self.shape)
+            view.flags.writeable = False
+            return view
         rows = np.empty(self.shape, self._codec.dtype) if out is None else out
         problem = self._codec.decode_into(memoryview(data), rows)
         if problem:

@@ -307,9 +307,7 @@ def test_what_ends_early_is_not_kept(tmp_path, source):
 
 def test_a_second_epoch_needs_no_network(tmp_path, upload, proxy, monkeypatch):
     truth = write_store(tmp_path / "local", n_sequences=16)
-    objects = open_objects(
-        f"{client}+{upload(truth.root)}", cache_dir=tmp_path / "cache", cache_bytes=1 << 22
-    )
+    objects = open_objects(upload(truth.root), cache_dir=tmp_path / "cache", cache_bytes=1 << 22)
     monkeypatch.setattr(access, "open_objects", lambda *_args, **_options: objects)
     with access.Store("any").stream(batch_size=16, window_rows=48) as stream:
         before = [as_bits(batch.rows.clone()) for batch in stream]
