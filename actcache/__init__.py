@@ -10,24 +10,41 @@ Torch is imported when `open` is first used, so tools that only look at a store 
 """
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actcache import errors
 from actcache.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from actcache.reader.access import Store
 
 
-def open(location: "str | os.PathLike[str]") -> "Store":
+def open(
+    location: "str | os.PathLike[str]",
+    storage_options: "Mapping[str, Any] | None" = None,
+    *,
+    cache_dir: "str | os.PathLike[str] | None" = None,
+    cache_bytes: int | None = None,
+) -> "Store":
     """Open a store for reading: a local folder or any fsspec URL.
 
+    Args:
+        location: a local folder, or s3://, gs://, az://, https://, memory://.
+        storage_options: credentials and endpoint of object storage, where the environment does not give them.
+        cache_dir: a local folder where chunks read from a URL are kept.
+        cache_bytes: the most that folder may hold; None: 16 GiB.
+
     Raises:
-        NotFoundError: there is no store. UsageError: it is of another format. DamageError: its plan was altered.
+        NotFoundError: there is no store.
+        UsageError: it is of another format, or an argument cannot be used.
+        UnreachableError: object storage does not answer, or refuses.
+        DamageError: its plan was altered.
     """
     from actcache.reader.access import open_store
 
-    return open_store(location)
+    return open_store(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
 
 
 __all__ = ["__version__", "errors", "open"]

@@ -11,7 +11,8 @@
     |-- UncommittedError      rows of a shard that is not committed      (also a LookupError)
     |-- DiskFullError         the disk cannot hold what is to be written (also an OSError)
     |-- NonFiniteError        NaN or infinity where numbers are needed   (also an ArithmeticError)
-    `-- MemoryBoundError      a memory bound that is too small           (also a MemoryError)
+    |-- MemoryBoundError      a memory bound that is too small           (also a MemoryError)
+    `-- UnreachableError      object storage that does not answer        (also an OSError)
 
 A message says what is wrong with the value in question, where, what was expected, and what to do.
 `kind` is stable and append-only: scripts may match on it.
@@ -90,3 +91,9 @@ class MemoryBoundError(ActcacheError, MemoryError):
     """A memory bound is smaller than the order needs; the message states the minimum."""
 
     kind = "memory_bound"
+
+
+class UnreachableError(ActcacheError, OSError):
+    """Object storage did not answer in time, refused, or kept failing; the message says how often it was asked."""
+
+    kind = "unreachable"

@@ -50,8 +50,17 @@ class LayerStatistics(NamedTuple):
 class Store:
     """A store opened for reading. Every byte is compared with the plan or the ledger before it is handed out."""
 
-    def __init__(self, location: str | os.PathLike[str]) -> None:
-        self._catalog = Catalog(open_objects(location))
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        self._catalog = Catalog(
+            open_objects(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        )
         self._provenance = Provenance(self._catalog)
 
     def __repr__(self) -> str:
@@ -249,6 +258,7 @@ class Store:
         drop_last: bool = False,
         memory: int | None = None,
         threads: int | None = None,
+        io_threads: int | None = None,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         rank: int = 0,
@@ -276,7 +286,8 @@ class Store:
             exclude_tokens: leave these token ids out.
             drop_last: leave out a short last batch of an epoch.
             memory: bound in bytes; it suffices, or is refused with the least that would.
-            threads: that read and decode; None: 2, or 1 on a single core.
+            threads: that decode, and read local disks; None: 2, or 1 on a single core.
+            io_threads: that wait for object storage, one request each; None: 16. Not used for local disks.
             device: where batches go.
             dtype: of the batches; None: as stored.
             rank: this reader's number.
@@ -326,6 +337,7 @@ class Store:
             epochs=epochs,
             threads=threads or min(2, os.cpu_count() or 1),
             memory_bytes=memory,
+            io_threads=io_threads,
             dtype=dtype,
             device=device,
             rank=rank,
@@ -404,6 +416,19 @@ def _indices(chosen: Sequence[int] | slice | int | None, n: int, name: str) -> N
         raise UsageError(f"{name}={chosen!r} is out of range: there are {n}") from error
 
 
-def open_store(location: str | os.PathLike[str]) -> Store:
-    """Open a store for reading: a local folder or any fsspec URL (s3://, gs://, https://, memory://)."""
-    return Store(location)
+def open_store(
+    location: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+) -> Store:
+    """Open a store for reading.
+
+    Args:
+        location: a local folder or any fsspec URL (s3://, gs://, https://, memory://).
+        storage_options: credentials and endpoint of object storage, where the environment does not give them.
+        cache_dir: a local folder where chunks read from a URL are kept.
+        cache_bytes: the most that folder may hold; None: 16 GiB.
+    """
+    return Store(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)

@@ -58,7 +58,8 @@ class Delivery:
     """How rows reach the consumer: nothing here changes which rows come, or when.
 
     epochs        how many; None goes on for ever.
-    threads       that read and decode.     memory_bytes  bound on window buffers; None for three windows.
+    threads       that decode, and read local disks.  memory_bytes  bound on window buffers; None for three windows.
+    io_threads    that wait for object storage; None: as many as suit it.
     dtype         of the batches; None: as stored.  device     of the batches.
     rank, world_size  this reader's share: partitions p with p % world_size == rank.
     """
@@ -66,6 +67,7 @@ class Delivery:
     epochs: int | None = 1
     threads: int = 2
     memory_bytes: int | None = None
+    io_threads: int | None = None
     dtype: torch.dtype | None = None
     device: str = "cpu"
     rank: int = 0

@@ -20,7 +20,7 @@ from actcache.reader.order import CommitOrder, GlobalOrder, arrange, groups_of, 
 from actcache.reader.provenance import Provenance
 from actcache.reader.quality import Expected, Quality, QualityMeter, expected
 from actcache.reader.selection import Delivery, Selection
-from actcache.reader.window import BufferPool, Fill, Lane, Layout, lay_out
+from actcache.reader.window import BufferPool, Fetching, Fill, Lane, Layout, Room, lay_out
 from actcache.store.open import CaptureCatalog
 from actcache.store.schema import digest_of
 from actcache.store.shard import ShardReader
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CURSOR_VERSION = 1
 _MAX_BUFFERS = 3
 _MIN_BUFFERS = 2
+_FETCHED_BYTES = 64 << 20
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -106,11 +107,14 @@ class Stream:
         self._groups = groups_of(selection.window_rows, n_lanes, grid.rows_per_chunk, len(self._chunks))
         self._steps = steps_of(selection.window_rows, n_lanes, grid.rows_per_chunk, most_chunks)
         self._orders: dict[int, GlobalOrder | CommitOrder] = {}
+        in_flight = captures[0].objects.n_in_flight
+        self._io_threads = (delivery.io_threads or in_flight) if in_flight else 0
         self._buffers = self._make_buffers(most_chunks)
         self._max_buffers = self._affordable_buffers()
         self._cursor = Cursor(0, 0, 0)
         self._fills: dict[tuple[int, int], Fill] = {}
         self._pool: ThreadPoolExecutor | None = None
+        self._fetching: Fetching | None = None
         self._pid = os.getpid()
 
     def _make_filter(self) -> RowFilter | None:
@@ -143,6 +147,7 @@ class Stream:
             return _MAX_BUFFERS
         window_bytes = sum(pool.buffer_bytes for pool in self._buffers)
         decoded = self.delivery.threads * self._grid.rows_per_chunk * self.width * 8
+        decoded += _FETCHED_BYTES if self._io_threads else 0
         n_buffers = (bound - decoded) // window_bytes
         if n_buffers < _MIN_BUFFERS:
             least = _MIN_BUFFERS * window_bytes + decoded
@@ -403,6 +408,9 @@ class Stream:
     def _start(self, epoch: int, window: int) -> Fill:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.delivery.threads, thread_name_prefix="actcache-stream")
+            if self._io_threads:
+                waiting = ThreadPoolExecutor(self._io_threads, thread_name_prefix="actcache-fetch")
+                self._fetching = Fetching(waiting, Room(_FETCHED_BYTES))
         return Fill(
             [pool.take() for pool in self._buffers],
             self.selection.batch_size,
@@ -410,6 +418,7 @@ class Stream:
             self._pool,
             self.counters,
             chunk_bytes=self._captures[0].arrays["rows"].codec.n_bytes,
+            fetching=self._fetching,
         )
 
     def _read_ahead(self, epoch: int, window: int) -> None:
@@ -484,6 +493,9 @@ class Stream:
     def close(self) -> None:
         """Stop reading ahead at once and let go of threads, buffers and files. Batches handed out stay valid."""
         self._forget_ahead()
+        if self._fetching is not None:  # not waited for: a request may take until its deadline
+            self._fetching.pool.shutdown(wait=False, cancel_futures=True)
+            self._fetching = None
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

@@ -1,5 +1,8 @@
 """One window being filled: chunks are read, checked, decoded and scattered to their shuffled place by threads.
 
+From a local disk the threads that decode also read. From object storage other threads (`Fetching`) wait for requests,
+many at once, and hand what came to those that decode; the bytes between them are bounded, however many wait.
+
 A buffer has `head` spare rows in front, where the rows left over from the window before are copied, so that every
 batch is one contiguous slice. Buffers are recycled when no tensor refers to them any more.
 """
@@ -62,6 +65,37 @@ class BufferPool:
             self._free.append(raw)
 
 
+class Room:
+    """A bound on bytes that are fetched, or being fetched, and not yet decoded."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._taken = limit, 0
+        self._changed = threading.Condition()
+
+    def take(self, n_bytes: int, is_over: Callable[[], bool]) -> bool:
+        """Wait for room (more than the limit fits when nothing else is there); False once `is_over`."""
+        with self._changed:
+            while not is_over():
+                if not self._taken or self._taken + n_bytes <= self._limit:
+                    self._taken += n_bytes
+                    return True
+                self._changed.wait(_LIVENESS_S)
+        return False
+
+    def give(self, n_bytes: int) -> None:
+        """Give back what was taken; 0 makes those that wait look whether they still should."""
+        with self._changed:
+            self._taken -= n_bytes
+            self._changed.notify_all()
+
+
+class Fetching(NamedTuple):
+    """Threads that wait for object storage, and the room for what they bring."""
+
+    pool: ThreadPoolExecutor
+    room: Room
+
+
 class Lane(NamedTuple):
     """Where the rows of one layer of one capture go: columns [column, column + d) of buffer number `buffer`."""
 
@@ -114,12 +148,14 @@ class Fill:
         counters: Counters,
         *,
         chunk_bytes: int,
+        fetching: Fetching | None = None,
     ) -> None:
         self.tensors: list[Tensor] = [torch.from_numpy(view) for view in views]
         self.head = head
         self.layout: Layout | None = None
         self._views: list[NDArray[Any]] | None = views
         self._pool, self._lay_out, self._counters = pool, lay_out, counters
+        self._fetching = fetching
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._n_jobs = 0
@@ -133,13 +169,18 @@ class Fill:
             layout = self._lay_out()
             self.layout = layout
             self._counters.add(layout_s=perf_counter() - started)
-            starts = range(0, len(layout.sources), _CHUNKS_PER_JOB)
-            self._n_jobs = len(starts)
-            if not starts:
+            jobs = _jobs(layout.sources, by_request=self._fetching is not None)
+            self._n_jobs = len(jobs)
+            if not jobs:
                 self._finish()
-            self._will_need(layout.sources[: self._n_ahead])
-            for start in starts:
-                self._pool.submit(self._scatter, layout.sources, start)
+            if self._fetching is None:
+                self._will_need(layout.sources[: self._n_ahead])
+            for start, job in jobs:
+                if self._fetching is None:
+                    ahead = layout.sources[start + self._n_ahead :][: len(job)]
+                    self._pool.submit(self._scatter, job, ahead)
+                else:
+                    self._fetching.pool.submit(self._fetch, job, self._fetching.room)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             self._fail(error)
 
@@ -148,17 +189,41 @@ class Fill:
         for source in sources:
             source.reader.will_need(source.lane.layer_index, source.chunk)
 
-    def _scatter(self, sources: list[Source], start: int) -> None:
+    def _fetch(self, job: list[Source], room: Room) -> None:
+        """What one request brings, on a thread that may wait."""
+        reader, wanted = job[0].reader, [(source.lane.layer_index, source.chunk) for source in job]
+        n_bytes = sum(reader.n_bytes(*one) for one in wanted)
+        if not room.take(n_bytes, lambda: self.error is not None):
+            return
+        try:
+            bodies = reader.fetch(wanted)
+            self._pool.submit(self._scatter_fetched, job, bodies, room, n_bytes)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
+            room.give(n_bytes)
+            self._fail(error)
+
+    def _scatter_fetched(
+        self, job: list[Source], bodies: list[bytes | memoryview], room: Room, n_bytes: int
+    ) -> None:
+        try:
+            self._scatter(job, [], bodies)
+        finally:
+            bodies.clear()
+            room.give(n_bytes)
+
+    def _scatter(
+        self, job: list[Source], ahead: list[Source], bodies: list[bytes | memoryview] | None = None
+    ) -> None:
         """Decode a few chunks to their place, and have those `_READ_AHEAD_BYTES` further on read meanwhile."""
         try:
             views, scratch = self._views, None
             if views is None:
                 return
-            self._will_need(sources[start + self._n_ahead : start + self._n_ahead + _CHUNKS_PER_JOB])
-            for source in sources[start : start + _CHUNKS_PER_JOB]:
+            self._will_need(ahead)
+            for i, source in enumerate(job):
                 if self.error is not None:
                     return
-                scratch = self._place(source, views, scratch)
+                scratch = self._place(source, views, scratch, None if bodies is None else bodies[i])
             with self._lock:
                 self._n_jobs -= 1
                 is_last = self._n_jobs == 0
@@ -168,16 +233,18 @@ class Fill:
             self._fail(error)
 
     def _place(
-        self, source: Source, views: list[NDArray[Any]], scratch: NDArray[Any] | None
+        self,
+        source: Source,
+        views: list[NDArray[Any]],
+        scratch: NDArray[Any] | None,
+        body: bytes | memoryview | None,
     ) -> NDArray[Any] | None:
         """One chunk to its place; returns a scratch buffer the next one of the same capture may use."""
         reader, lane = source.reader, source.lane
         before = perf_counter()
-        rows = reader.read(
-            lane.layer_index,
-            source.chunk,
-            scratch if scratch is not None and scratch.shape == reader.shape else None,
-        )
+        at = (lane.layer_index, source.chunk)
+        out = scratch if scratch is not None and scratch.shape == reader.shape else None
+        rows = reader.read(*at, out) if body is None else reader.decode(*at, body, out)
         decoded = perf_counter()
         target = views[lane.buffer][self.head :]
         if rows.shape[1] != target.shape[1]:
@@ -197,12 +264,17 @@ class Fill:
 
     def _finish(self) -> None:
         self._views = None  # the tensors alone keep the buffers from now on
+        self._wake()
+
+    def _wake(self) -> None:
         self._done.set()
+        if self._fetching is not None:
+            self._fetching.room.give(0)
 
     def cancel(self, reason: str) -> None:
         """Make running jobs stop at their next chunk."""
         self.error = self.error or ActcacheError(reason)
-        self._done.set()
+        self._wake()
 
     def wait(self) -> Layout:
         """Wait until the window is whole."""
@@ -213,6 +285,21 @@ class Fill:
             raise self.error
         assert self.layout is not None
         return self.layout
+
+
+def _jobs(sources: list[Source], *, by_request: bool) -> list[tuple[int, list[Source]]]:
+    """Handfuls of sources with the number of each one's first; by request, those of a shard that lie side by side."""
+    if not by_request:
+        starts = range(0, len(sources), _CHUNKS_PER_JOB)
+        return [(start, sources[start : start + _CHUNKS_PER_JOB]) for start in starts]
+    of_shard: dict[int, list[Source]] = {}
+    for source in sources:
+        of_shard.setdefault(id(source.reader), []).append(source)
+    return [
+        (0, [found[i] for i in parts])
+        for found in of_shard.values()
+        for parts in found[0].reader.requests([(one.lane.layer_index, one.chunk) for one in found])
+    ]
 
 
 def lay_out(

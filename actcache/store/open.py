@@ -157,6 +157,8 @@ def read_checked(objects: Objects, spec: ArraySpec, key: str, expected: tuple[in
     """Read one object and compare it with what was written down of it (bytes, crc32c)."""
     try:
         data = objects.read(key)
+        if object_problem(data, expected):
+            data = objects.read(key)  # it may have gone wrong on the way here
     except FileNotFoundError as error:
         raise DamageError(
             f"{key} is missing. Run 'actcache verify' on the store to list all damage."

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
-from actcache.errors import ActcacheError, UsageError
+from actcache.errors import ActcacheError, UnreachableError, UsageError
 from actcache.store.keyed import derive
 
 GAP_BYTES = 256 * 1024
@@ -29,12 +29,6 @@ _CAUSE_CHARACTERS = 300
 
 T = TypeVar("T")
 Range = tuple[int, int]  # first byte, number of bytes
-
-
-class UnreachableError(ActcacheError, OSError):
-    """Object storage did not answer in time, refused, or kept failing."""
-
-    kind = "unreachable"
 
 
 class RefusedError(Exception):

@@ -9,7 +9,7 @@ not need it: offsets follow from the lengths in the ledger, and the ledger's crc
 
 import base64
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, Self
@@ -22,6 +22,7 @@ from actcache.store.arrays import ArraySpec
 from actcache.store.codec import CRC_BYTES, Codec, crc32c, with_trailer
 from actcache.store.local import LocalFiles
 from actcache.store.objects import Objects
+from actcache.store.remote import merge_ranges
 from actcache.store.schema import ChunkTable
 
 _ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -153,8 +154,7 @@ class ShardReader:
         *,
         files: LocalFiles | None = None,
     ) -> None:
-        self._fetch = objects.read_range if files is None else files.read
-        self._files, self.key, self.chunks = files, key, chunks
+        self._objects, self._files, self.key, self.chunks = objects, files, key, chunks
         self._codec, self.shape = codec, shape
         self._offset = chunks.offset
 
@@ -164,17 +164,51 @@ class ShardReader:
         They are in `out` where something had to be decoded, else (codec `none`) a read-only view of the bytes read, good
         until this thread reads again.
         """
-        n_bytes = int(self.chunks.length[layer_i, chunk]) - CRC_BYTES
-        start = int(self._offset[layer_i, chunk])
+        return self.decode(layer_i, chunk, self._bytes(layer_i, chunk), out)
+
+    def requests(self, wanted: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """Which of the chunks `wanted` (layer index, chunk) to fetch together: those that lie side by side."""
+        return [request.parts for request in merge_ranges([self._range(*one) for one in wanted])]
+
+    def n_bytes(self, layer_i: int, chunk: int) -> int:
+        """Bytes of a chunk without its trailer."""
+        return int(self.chunks.length[layer_i, chunk]) - CRC_BYTES
+
+    def _range(self, layer_i: int, chunk: int) -> tuple[int, int]:
+        return int(self._offset[layer_i, chunk]), self.n_bytes(layer_i, chunk)
+
+    def fetch(self, wanted: Sequence[tuple[int, int]], *, fresh: bool = False) -> list[bytes | memoryview]:
+        """Bytes of chunks (layer index, chunk) from object storage, not yet compared with anything: for `decode`."""
         try:
-            data = self._fetch(self.key, start, n_bytes)
+            return self._objects.read_ranges(self.key, [self._range(*one) for one in wanted], fresh=fresh)
         except FileNotFoundError as error:
             raise DamageError(f"{self.key} is committed but missing. {_ASK_VERIFY}") from error
+
+    def _bytes(self, layer_i: int, chunk: int, *, fresh: bool = False) -> Any:
+        if self._files is None:
+            return self.fetch([(layer_i, chunk)], fresh=fresh)[0]
+        try:
+            return self._files.read(self.key, *self._range(layer_i, chunk))
+        except FileNotFoundError as error:
+            raise DamageError(f"{self.key} is committed but missing. {_ASK_VERIFY}") from error
+
+    def _problem(self, layer_i: int, chunk: int, data: Any) -> str | None:
+        n_bytes = self.n_bytes(layer_i, chunk)
         if len(data) != n_bytes:
-            raise chunk_damage(self.key, layer_i, chunk, f"ends after {len(data)} of {n_bytes} bytes")
+            return f"ends after {len(data)} of {n_bytes} bytes"
         if crc32c(data) != int(self.chunks.crc[layer_i, chunk]):
-            raise chunk_damage(self.key, layer_i, chunk, "does not match the crc32c in the ledger")
-        if self._codec.name == "none" and n_bytes == self._codec.n_bytes:
+            return "does not match the crc32c in the ledger"
+        return None
+
+    def decode(self, layer_i: int, chunk: int, data: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """As `read`, from the chunk's bytes. Wrong ones are read once more: they may have gone wrong on the way here."""
+        problem = self._problem(layer_i, chunk, data)
+        if problem:
+            data = self._bytes(layer_i, chunk, fresh=True)
+            problem = self._problem(layer_i, chunk, data)
+        if problem:
+            raise chunk_damage(self.key, layer_i, chunk, problem)
+        if self._codec.name == "none" and len(data) == self._codec.n_bytes:
             view = np.frombuffer(data, self._codec.dtype).reshape(self.shape)
             view.flags.writeable = False
             return view

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actcache.errors import DamageError, UsageError
+from actcache.errors import DamageError, UnreachableError, UsageError
 from actcache.reader import access
 from actcache.reader.access import Store
 from actcache.store.objects import open_objects
 from actcache.store.open import Catalog
-from actcache.store.remote import Patience, RefusedError, RemoteObjects, UnreachableError
+from actcache.store.remote import Patience, RefusedError, RemoteObjects
 from actcache.store.remote_clients import make_client
 from actcache.store.verify import find_problems
 from tests.conftest import as_bits, write_store

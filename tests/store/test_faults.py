@@ -269,6 +269,10 @@ def test_every_byte_of_a_ledger_record_counts_but_who_wrote_it(truth):
                 continue
             with pytest.raises(DamageError, match=f"{HOOK}/ledger/c.0.1"):
                 catalog.record(1)
+        for i in range(8):  # how many strings, and how long: nothing may be made of that size
+            path.write_bytes(data[:i] + bytes([data[i] ^ 0x80]) + data[i + 1 :])
+            with pytest.raises(DamageError, match=f"{HOOK}/ledger/c.0.1"):
+                Catalog(LocalObjects(truth.root)).capture("resid_post").record(1)
 
 
 def test_every_byte_of_the_shard_table_counts(truth):
