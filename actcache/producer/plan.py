@@ -31,9 +31,11 @@ from actcache.store.schema import CorpusRecord, Grid, ModelRecord, Plan, Request
 
 _TARGET_SHARD_ROWS = 32_768
 _LEAST_SHARD_ROWS = 4_096
+_LEAST_SHARDS = 16
 _LEAST_CHUNK_BYTES = 128 * 1024
 _CHUNK_ROWS = 256
 _MOST_CHUNK_ROWS = 1_024
+_SHORT_SEQUENCE = 512
 _SIDE_BYTES_PER_TOKEN = 24
 """Tokens, document, keep and row numbers, before compression."""
 
@@ -181,7 +183,7 @@ def choose_grid(request: Request, captures: list[CaptureRequest], n_train: int, 
     n_holdout_sequences = n_holdout_shards * per_shard
     n_sequences = total if request.n_tokens is not None else n_holdout_sequences + n_train
     n_shard_tokens = min(per_shard, n_sequences) * request.seq_len
-    chunk = request.rows_per_chunk or _chunk_rows(captures, n_shard_tokens)
+    chunk = request.rows_per_chunk or _chunk_rows(captures, n_shard_tokens, request.seq_len)
     return Grid(
         seq_len=request.seq_len,
         n_sequences=n_sequences,
@@ -195,12 +197,13 @@ def choose_grid(request: Request, captures: list[CaptureRequest], n_train: int, 
 
 
 def _auto_sequences(request: Request, n_sequences: int, row_bytes: int) -> int:
-    """Sequences per shard: up to 32,768 rows, what the memory holds twice, and fine enough for the holdout."""
+    """Sequences per shard: up to 32,768 rows, what the memory holds twice, and a sixteenth of a small store.
+
+    Large shards mix well: a chunk is a sample of its shard's sequences only. Small stores need a few for the holdout.
+    """
     by_memory = request.shard_memory_bytes // (2 * row_bytes)
-    by_holdout = (
-        request.holdout_frac * n_sequences * request.seq_len if request.holdout_frac else _TARGET_SHARD_ROWS
-    )
-    rows = min(by_memory, _TARGET_SHARD_ROWS, max(by_holdout, _LEAST_SHARD_ROWS))
+    by_store = n_sequences * request.seq_len // _LEAST_SHARDS
+    rows = min(by_memory, _TARGET_SHARD_ROWS, max(by_store, _LEAST_SHARD_ROWS))
     if by_memory < request.seq_len:
         raise UsageError(
             f"--shard-memory {request.shard_memory_bytes:,} bytes holds {by_memory} rows twice, less than one sequence "
@@ -210,11 +213,14 @@ def _auto_sequences(request: Request, n_sequences: int, row_bytes: int) -> int:
     return max(1, min(int(rows) // request.seq_len, most))
 
 
-def _chunk_rows(captures: list[CaptureRequest], n_shard_tokens: int) -> int:
-    """Rows per chunk: 256, doubled while the smallest chunk is under 128 KiB, up to 1,024 and to what a shard holds."""
+def _chunk_rows(captures: list[CaptureRequest], n_shard_tokens: int, seq_len: int) -> int:
+    """Rows per chunk: 256, doubled while the smallest chunk is under 128 KiB, up to 1,024 and to what a shard holds.
+
+    Long sequences keep 256: a shard holds few of them, so a window needs many chunks to see many sequences.
+    """
     row_bytes = min(c.width * disk_dtype(c.dtype).itemsize for c in captures)
-    rows = _CHUNK_ROWS
-    while rows * row_bytes < _LEAST_CHUNK_BYTES and rows < _MOST_CHUNK_ROWS:
+    rows, most = _CHUNK_ROWS, _MOST_CHUNK_ROWS if seq_len <= _SHORT_SEQUENCE else _CHUNK_ROWS
+    while rows * row_bytes < _LEAST_CHUNK_BYTES and rows < most:
         rows *= 2
     while rows // 2 >= n_shard_tokens and rows > 1:
         rows //= 2

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK_ROWS = 256
+_SAFE = (1e-12, 1e17)
+"""Between these the squares of float32 numbers, summed over a block, keep their digits."""
 
 F64 = NDArray[np.float64]
 
@@ -51,7 +53,7 @@ def moments_of(x: NDArray[np.float32]) -> Moments:
     for start in range(0, len(x), _BLOCK_ROWS):
         block = x[start : start + _BLOCK_ROWS]
         centre = block.mean(0, dtype=np.float32)
-        deviation = block - centre
+        deviation = _squarable(block - centre)
         residual = deviation.sum(0).astype(np.float64)
         n = len(block)
         total = merge(
@@ -65,6 +67,13 @@ def moments_of(x: NDArray[np.float32]) -> Moments:
             ),
         )
     return total
+
+
+def _squarable(deviation: NDArray[np.float32]) -> NDArray[np.floating]:
+    """The same numbers, in float64 where some dimension's squares would leave the range of float32."""
+    largest = np.abs(deviation).max(0)
+    is_safe = (largest == 0) | ((largest > _SAFE[0]) & (largest < _SAFE[1]))
+    return deviation if is_safe.all() else deviation.astype(np.float64)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

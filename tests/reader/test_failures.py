@@ -14,7 +14,7 @@ import actcache
 from actcache.errors import ActcacheError, DamageError
 from actcache.store.shard import ShardReader
 from tests.conftest import check_rows, write_store
-from tests.reader.test_stream import SMALL, stream_threads
+from tests.reader.test_stream import SMALL, stream_threads, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +66,34 @@ def test_after_an_error_the_cursor_is_at_the_first_batch_not_handed_out(truth):
             assert seen.n_reads > fails_at, "no read failed"
             assert len(found) == len(expected), fails_at
             assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), fails_at
+
+
+def test_an_error_seen_while_reading_ahead_is_raised_once(truth):
+    """It comes before its window is reached, and is not raised again where the second try succeeds."""
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        expected = [check_rows(truth, batch) for batch in stream]
+    for window in range(1, 4):
+        error = InjectedError("a bad sector")
+        with actcache.open(truth.root).stream(**SMALL) as stream:
+            lay_out = stream._lay_out
+
+            def failing(epoch, number, window=window, error=error, lay_out=lay_out):
+                if number == window:
+                    raise error
+                return lay_out(epoch, number)
+
+            stream._lay_out = failing
+            found = []
+            with pytest.raises(InjectedError) as raised:
+                for batch in stream:
+                    found.append(check_rows(truth, batch))
+                    wait_until(lambda stream=stream: all(f._done.is_set() for f in stream._fills.values()))
+            assert raised.value is error
+            assert stream.state_dict()["window"] == window - 1
+            stream._lay_out = lay_out
+            found.extend(check_rows(truth, batch) for batch in stream)
+        assert len(found) == len(expected)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 class failing_read:
