@@ -46,8 +46,9 @@ soak: $(READY)
 	$(BIN)/pytest -m soak --timeout 7200
 
 bench: $(READY)
-	$(BIN)/python benchmarks/stream.py
-	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json
+	$(BIN)/python benchmarks/shuffle.py --work build/bench --out benchmarks/results/shuffle.json
+	$(BIN)/python benchmarks/object_storage.py --out benchmarks/results/object_storage.json
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -351,7 +351,8 @@ def kill_builds(bench: Bench, rounds: int, seed: int) -> None:
 def build_at_once(bench: Bench, rounds: int, *, kill_one: bool) -> None:
     """Two processes build the same store from the same moment on."""
     for i in range(rounds):
-        out, barrier = bench.fresh(), PROCESSES.Barrier(2)
+        out = bench.fresh()
+        barrier = None if kill_one else PROCESSES.Barrier(2)  # the dead come to no barrier
         with Watcher(bench, out):
             both = [start_build(out, bench.kit, SETTINGS, barrier) for _ in range(2)]
             if kill_one:

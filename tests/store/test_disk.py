@@ -1,7 +1,6 @@
 """Objects appear whole, once, or not at all; workspaces of the dead go, those of the living stay."""
 
 import errno
-import multiprocessing
 import os
 import threading
 
@@ -13,6 +12,7 @@ from actcache.store.create import staging, sweep_staged
 from actcache.store.disk import WORK_DIR, Disk, free_bytes, publish
 from actcache.store.objects import LocalObjects
 from tests.conftest import commit_shards, write_store
+from tests.soak.processes import PROCESSES
 
 
 def test_an_object_is_never_replaced(tmp_path):
@@ -227,9 +227,8 @@ def _hold(folder, ready, leave):
 
 
 def test_another_process_holds_its_workspace_until_it_dies(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    ready, leave = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, ready, leave))
+    ready, leave = PROCESSES.Event(), PROCESSES.Event()
+    process = PROCESSES.Process(target=_hold, args=(tmp_path, ready, leave))
     process.start()
     assert ready.wait(60)
     with Disk(tmp_path) as disk:
