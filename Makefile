@@ -2,6 +2,9 @@
 # make test   install, then every check and test
 # make soak   long storms of kills and faults; make bench, measurements; make clean, remove what was made
 
+SHELL       := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
@@ -43,7 +46,7 @@ interop: $(VENV)/.interop
 	PYTHONPATH=$(INTEROP) $(BIN)/pytest -m interop tests/interop
 
 soak: $(READY)
-	$(BIN)/pytest -m soak --timeout 7200
+	$(BIN)/pytest -m soak --timeout 7200 --durations=0 -v | tee benchmarks/results/soak.txt
 
 bench: $(READY)
 	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json
