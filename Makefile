@@ -51,6 +51,7 @@ soak: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/shuffle.py --work build/bench --out benchmarks/results/shuffle.json
+	$(BIN)/python benchmarks/memory.py --work build/bench --out benchmarks/results/memory.json
 	$(BIN)/python benchmarks/object_storage.py --out benchmarks/results/object_storage.json
 
 clean:

@@ -283,7 +283,9 @@ def write_plan(
             TokenPlan(
                 seq_len=request.seq_len,
                 seed=request.seed,
-                holdout_frac=request.holdout_frac,
+                holdout_frac=request.holdout_frac
+                if grid is None
+                else grid.n_holdout_sequences / grid.n_sequences,
                 n_train=None if grid is None else grid.n_sequences - grid.n_holdout_sequences,
                 n_holdout=None if grid is None else grid.n_holdout_sequences,
                 bos=request.bos,

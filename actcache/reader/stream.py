@@ -32,6 +32,8 @@ CURSOR_VERSION = 1
 _MAX_BUFFERS = 3
 _MIN_BUFFERS = 2
 _FETCHED_BYTES = 64 << 20
+_ORDER_BYTES_PER_ROW = 160
+"""Of a window: while it is laid out, and what is kept of two."""
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -146,11 +148,12 @@ class Stream:
         if bound is None:
             return _MAX_BUFFERS
         window_bytes = sum(pool.buffer_bytes for pool in self._buffers)
-        decoded = self.delivery.threads * self._grid.rows_per_chunk * self.width * 8
-        decoded += _FETCHED_BYTES if self._io_threads else 0
-        n_buffers = (bound - decoded) // window_bytes
+        besides = self.delivery.threads * self._grid.rows_per_chunk * self.width * 8
+        besides += self._buffers[0].n_rows * _ORDER_BYTES_PER_ROW
+        besides += _FETCHED_BYTES if self._io_threads else 0
+        n_buffers = (bound - besides) // window_bytes
         if n_buffers < _MIN_BUFFERS:
-            least = _MIN_BUFFERS * window_bytes + decoded
+            least = _MIN_BUFFERS * window_bytes + besides
             raise MemoryBoundError(
                 f"memory={bound:,} bytes is too little for windows of {self.selection.window_rows:,} rows: two windows "
                 f"take {least:,} bytes. Give that much, or a smaller window_rows= (another order, less mixed)."

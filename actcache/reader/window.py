@@ -39,6 +39,11 @@ class BufferPool:
         self.n_allocated = 0
 
     @property
+    def n_rows(self) -> int:
+        """Rows of one buffer."""
+        return self._shape[0]
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes of one buffer."""
         return self._shape[0] * self._shape[1] * self._dtype.itemsize
