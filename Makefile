@@ -46,7 +46,7 @@ interop: $(VENV)/.interop
 	PYTHONPATH=$(INTEROP) $(BIN)/pytest -m interop tests/interop
 
 soak: $(READY)
-	$(BIN)/pytest -m soak --timeout 7200 --durations=0 -v | tee benchmarks/results/soak.txt
+	$(BIN)/pytest -m soak --timeout 7200 --durations=0 -v --no-header | tee benchmarks/results/soak.txt
 
 bench: $(READY)
 	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json

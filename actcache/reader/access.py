@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WINDOW_ROWS = 131_072
 PARTITIONS = 8
+_MOST_PARTITIONS = 4096
 
 Split = Literal["train", "holdout"]
 
@@ -311,6 +312,8 @@ class Store:
         _check_choice("stack", stack, ("data", "feature", "layers"))
         _check_choice("order", order, ("global", "commit"))
         self._check_captures(captures, selected)
+        if partitions > _MOST_PARTITIONS:
+            raise UsageError(f"partitions={partitions}: expected at most {_MOST_PARTITIONS}")
         if partitions % world_size or not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}: world_size must divide partitions={partitions}")
         for capture in captures:

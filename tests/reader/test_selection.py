@@ -136,6 +136,7 @@ def test_filters_by_position_token_and_norm(truth, stack):
         ({"layers": []}, "expected distinct layers"),
         ({"layers": [1]}, "layer 1 is not in"),
         ({"world_size": 3}, "must divide partitions=8"),
+        ({"partitions": 8192}, "expected at most 4096"),
         ({"commit_shards": 0}, "commit_shards=0: expected at least 1"),
     ],
 )
