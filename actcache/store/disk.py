@@ -169,7 +169,8 @@ class Disk:
     def sweep(self) -> int:
         """Remove the workspaces of dead processes; returns how many. Those of living ones are left alone."""
         n_swept = 0
-        for other in sorted((self.root / WORK_DIR).glob("*")):
+        for name in sorted(_names(self.root / WORK_DIR)):
+            other = self.root / WORK_DIR / name
             if other != self.workspace and (fd := _try_lock(other / _LOCK)) is not None:
                 try:
                     self.announce("sweep", other.name)
@@ -224,13 +225,16 @@ def remove_abandoned(root: Path) -> None:
     The locks are held meanwhile: a process that is just making its workspace waits, and then makes it again.
     """
     held: list[int] = []
+    has_content = any(
+        name != WORK_DIR for name in _names(root)
+    )  # looked at first: content comes after its lock
     try:
-        for workspace in (root / WORK_DIR).glob("*"):
-            fd = _try_lock(workspace / _LOCK)
+        for name in _names(root / WORK_DIR):
+            fd = _try_lock(root / WORK_DIR / name / _LOCK)
             if fd is None:
                 return
             held.append(fd)
-        if held or any(name != WORK_DIR for name in _names(root)):
+        if held or has_content:
             shutil.rmtree(root, ignore_errors=True)
         else:  # empty: either abandoned at birth or just being born, so nothing may go that has something in it
             for folder in (root / WORK_DIR, root):
@@ -241,6 +245,7 @@ def remove_abandoned(root: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
+    """What is in a folder; nothing where another process has just removed it (a glob would raise)."""
     try:
         return [path.name for path in folder.iterdir()]
     except FileNotFoundError:
