@@ -46,6 +46,7 @@ interop: $(VENV)/.interop
 	PYTHONPATH=$(INTEROP) $(BIN)/pytest -m interop tests/interop
 
 soak: $(READY)
+	$(BIN)/pytest --hypothesis-profile new
 	$(BIN)/pytest -m soak --timeout 7200 --durations=0 -v --no-header | tee benchmarks/results/soak.txt
 
 bench: $(READY)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
@@ -37,6 +38,11 @@ from actcache.store.statistics import as_float32
 ASSETS = Path(__file__).parent / "assets"
 SEPARATOR = "<|endoftext|>"
 WIDTH, N_LAYERS = 16, 2
+
+# `make test` tries the same examples every time, so it says the same every time; `make soak` looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.register_profile("new", deadline=None, print_blob=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True, scope="session")
