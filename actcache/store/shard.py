@@ -155,7 +155,7 @@ class ShardReader:
         files: LocalFiles | None = None,
     ) -> None:
         self._objects, self._files, self.key, self.chunks = objects, files, key, chunks
-        self._codec, self.shape = codec, shape
+        self._codec, self.shape, self.dtype = codec, shape, codec.dtype
         self._offset = chunks.offset
 
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -164,7 +164,7 @@ class ShardReader:
         They are in `out` where something had to be decoded, else (codec `none`) a read-only view of the bytes read, good
         until this thread reads again.
         """
-        return self.decode(layer_i, chunk, self._bytes(layer_i, chunk), out)
+        return self.decode(layer_i, chunk, self.load(layer_i, chunk), out)
 
     def requests(self, wanted: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Which of the chunks `wanted` (layer index, chunk) to fetch together: those that lie side by side."""
@@ -184,7 +184,8 @@ class ShardReader:
         except FileNotFoundError as error:
             raise DamageError(f"{self.key} is committed but missing. {_ASK_VERIFY}") from error
 
-    def _bytes(self, layer_i: int, chunk: int, *, fresh: bool = False) -> Any:
+    def load(self, layer_i: int, chunk: int, *, fresh: bool = False) -> Any:
+        """Bytes of one chunk, not yet compared with anything: for `decode`, before this thread loads again."""
         if self._files is None:
             return self.fetch([(layer_i, chunk)], fresh=fresh)[0]
         try:
@@ -204,7 +205,7 @@ class ShardReader:
         """As `read`, from the chunk's bytes. Wrong ones are read once more: they may have gone wrong on the way here."""
         problem = self._problem(layer_i, chunk, data)
         if problem:
-            data = self._bytes(layer_i, chunk, fresh=True)
+            data = self.load(layer_i, chunk, fresh=True)
             problem = self._problem(layer_i, chunk, data)
         if problem:
             raise chunk_damage(self.key, layer_i, chunk, problem)

@@ -75,24 +75,24 @@ def test_an_error_seen_while_reading_ahead_is_raised_once(truth):
     for window in range(1, 4):
         error = InjectedError("a bad sector")
         with actcache.open(truth.root).stream(**SMALL) as stream:
-            lay_out = stream._lay_out
+            lay_out = stream._filling._lay_out
 
             def failing(epoch, number, window=window, error=error, lay_out=lay_out):
                 if number == window:
                     raise error
                 return lay_out(epoch, number)
 
-            stream._lay_out = failing
+            stream._filling._lay_out = failing
             found, raised = [], None
             try:
                 for batch in stream:
                     found.append(check_rows(truth, batch))
-                    wait_until(lambda stream=stream: all(f._done.is_set() for f in stream._fills.values()))
+                    wait_until(lambda stream=stream: all(f.is_done for f in stream._filling._fills.values()))
             except InjectedError as caught:
                 raised = caught
             assert raised is error
             assert stream.state_dict()["window"] == window - 1
-            stream._lay_out = lay_out
+            stream._filling._lay_out = lay_out
             found.extend(check_rows(truth, batch) for batch in stream)
         assert len(found) == len(expected)
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -105,7 +105,7 @@ class failing_read:
         self.n, self.error, self.n_reads = n, error, 0
 
     def __enter__(self):
-        self.patch, read, lock = pytest.MonkeyPatch(), ShardReader.read, threading.Lock()
+        self.patch, read, lock = pytest.MonkeyPatch(), ShardReader.load, threading.Lock()
 
         def failing(reader, *args, **kwargs):
             with lock:
@@ -114,7 +114,7 @@ class failing_read:
                 raise self.error
             return read(reader, *args, **kwargs)
 
-        self.patch.setattr(ShardReader, "read", failing)
+        self.patch.setattr(ShardReader, "load", failing)
         return self
 
     def __exit__(self, *exc):
@@ -137,7 +137,7 @@ def test_an_error_while_laying_out_surfaces_as_itself(truth, monkeypatch):
     def broken(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("actcache.reader.stream.arrange", broken)
+    monkeypatch.setattr("actcache.reader.filling.arrange", broken)
     with actcache.open(truth.root).stream(**SMALL) as stream:
         _, raised = consume(truth, stream)
     assert raised is error
@@ -153,7 +153,7 @@ def test_closing_wakes_a_consumer_that_waits(truth):
         raise InjectedError("too late to matter")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardReader, "read", stuck)
+        patch.setattr(ShardReader, "load", stuck)
         stream = actcache.open(truth.root).stream(**SMALL)
 
         def work():
@@ -176,10 +176,10 @@ FORK = """
 import os, sys, threading
 import actcache
 from actcache.errors import UsageError
-from actcache.reader.stream import Stream
+from actcache.reader.filling import Filling
 from actcache.store.shard import ShardReader
 
-gate, reading, read, start = threading.Event(), threading.Event(), ShardReader.read, Stream._start
+gate, reading, read, start = threading.Event(), threading.Event(), ShardReader.load, Filling._begin
 started = []
 
 def counted(self, *args):
@@ -192,7 +192,7 @@ def gated(self, *args, **kwargs):
         gate.wait(30)
     return read(self, *args, **kwargs)
 
-ShardReader.read, Stream._start = gated, counted
+ShardReader.load, Filling._begin = gated, counted
 stream = actcache.open(sys.argv[1]).stream(batch_size=7, window_rows=32, threads=1, epochs=None)
 batches = iter(stream)
 next(batches)

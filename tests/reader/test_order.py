@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.reader.order import GlobalOrder, arrange, groups_of, list_chunks
+from actcache.reader.order import GlobalOrder, Runs, arrange, groups_of, list_chunks
 from actcache.store import keyed
 
 GOLDEN = "625c26614302dd0609e7f44689fa719c7c570dc14dbda05700686a9cb7ea00be"
@@ -18,7 +18,12 @@ def row_ids(
 ):
     """(layer index, chunk, row of it) as one number, for every row in the order."""
     order = GlobalOrder(
-        seed=seed, epoch=epoch, n_chunks=n_chunks, n_layers=n_layers, groups=groups, partitions=partitions
+        seed=seed,
+        epoch=epoch,
+        runs=Runs(np.arange(n_chunks), np.ones(n_chunks, np.int64)),
+        n_layers=n_layers,
+        groups=groups,
+        partitions=partitions,
     )
     for window in range(order.n_windows if windows is None else windows):
         members = order.members(window)
@@ -144,8 +149,8 @@ def test_chunks_cover_the_kept_rows(kept, first, rows_per_chunk):
     assert (chunks.n_rows > 0).all()
 
 
-def test_windows_are_rounded_up_to_whole_chunks_of_every_layer():
-    assert groups_of(window_rows=1, n_layers=4, rows_per_chunk=256, n_chunks=9) == 1
-    assert groups_of(window_rows=4 * 256, n_layers=4, rows_per_chunk=256, n_chunks=9) == 1
-    assert groups_of(window_rows=4 * 256 + 1, n_layers=4, rows_per_chunk=256, n_chunks=9) == 2
-    assert groups_of(window_rows=10**9, n_layers=4, rows_per_chunk=256, n_chunks=9) == 9
+def test_windows_are_rounded_up_to_whole_runs_of_every_layer():
+    assert groups_of(window_rows=1, n_layers=4, rows_per_run=256, n_runs=9) == 1
+    assert groups_of(window_rows=4 * 256, n_layers=4, rows_per_run=256, n_runs=9) == 1
+    assert groups_of(window_rows=4 * 256 + 1, n_layers=4, rows_per_run=256, n_runs=9) == 2
+    assert groups_of(window_rows=10**9, n_layers=4, rows_per_run=256, n_runs=9) == 9

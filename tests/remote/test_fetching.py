@@ -32,7 +32,7 @@ def test_a_window_of_everything_is_one_request_per_shard(truth, upload, proxy):
 @pytest.mark.parametrize("io_threads", [1, 5])
 @pytest.mark.parametrize("fetched_bytes", [1, 1000])
 def test_neither_threads_nor_room_change_a_row(truth, upload, monkeypatch, io_threads, fetched_bytes):
-    monkeypatch.setattr("actcache.reader.stream._FETCHED_BYTES", fetched_bytes)
+    monkeypatch.setattr("actcache.reader.filling.FETCHED_BYTES", fetched_bytes)
     found = all_rows(Store(upload(truth.root)), window_rows=64, io_threads=io_threads, epochs=2)
     expected = all_rows(Store(truth.root), window_rows=64, epochs=2)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
