@@ -67,6 +67,10 @@ class Windows(Protocol):
         """Whether another window fits the bound now."""
         ...
 
+    def wait_for_room(self) -> None:
+        """Wait for windows that nobody refers to any more and a device is still busy with; for no others."""
+        ...
+
     def take(self, head: int) -> Window:
         """A window with `head` spare rows in front, beyond the bound if need be: the consumer keeps what is not free."""
         ...
@@ -158,6 +162,9 @@ class HostWindows:
     def has_room(self) -> bool:
         """Whether another window fits the bound now."""
         return all(pool.n_free or pool.n_allocated < self.most for pool in self.pools)
+
+    def wait_for_room(self) -> None:
+        """Nothing to wait for: a buffer is free as soon as nobody refers to it."""
 
     def take(self, head: int) -> HostWindow:
         """A window with `head` spare rows in front."""

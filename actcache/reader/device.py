@@ -338,6 +338,14 @@ class DeviceWindows:
         self._lent = [lent for lent in self._lent if lent.behind is None or not lent.behind.is_past()]
         return len(self._lent) < self.most
 
+    def wait_for_room(self) -> None:
+        """Wait for what the consumer has queued on windows that it let go of."""
+        while not self.has_room:
+            busy = [lent.behind for lent in self._lent if lent.behind is not None]
+            if not busy:  # it keeps the others
+                return
+            wait_for(busy[0], "the consumer's work on a window")
+
     def take(self, head: int) -> DeviceWindow:
         """A window with `head` spare rows in front."""
         tensors = [self._side.empty(shape[:2], _BITS[shape.dtype.itemsize]) for shape in self._shapes]

@@ -146,7 +146,8 @@ class Filling:
         self._check_process()
         if (epoch, window) not in self._fills:
             if self.courier is not None and not self.windows.has_room:
-                self.courier.settle(wait=True)  # copies under way keep buffers that are free otherwise
+                self.courier.settle(wait=True)  # copies under way keep memory that is free otherwise
+                self.windows.wait_for_room()
             self._fills[epoch, window] = self._begin(epoch, window)
         return self._fills[epoch, window]
 

@@ -83,7 +83,9 @@ def lay_out(
     """
     starts = np.cumsum(counts) - counts
     within = (
-        np.arange(counts.sum()) - np.repeat(starts, counts) if selected is None else np.concatenate(selected)
+        np.arange(counts.sum()) - np.repeat(starts, counts)
+        if selected is None
+        else np.concatenate([counts[:0], *selected])
     )
     own_before = np.concatenate([[0], np.cumsum(is_mine[arrangement.partition])])
     is_own = is_mine[members.partition]

@@ -400,7 +400,11 @@ def test_leaving_early_leaves_nothing(truth):
         assert not stream._filling._fills
         assert all(np.array_equal(as_bits(b.rows), truth.bits(b.layer, b.sequence, b.position)) for b in kept)
         del kept
-        wait_until(lambda stream=stream: stream._filling.windows.pools[0].n_free == stream._filling.windows.pools[0].n_allocated)
+        wait_until(
+            lambda stream=stream: (
+                stream._filling.windows.pools[0].n_free == stream._filling.windows.pools[0].n_allocated
+            )
+        )
         stream.close()
 
 
