@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -16,7 +17,7 @@ from actcache.errors import UsageError
 from actcache.flow import Batch
 from actcache.reader.counters import Counters
 from actcache.reader.cursor import Cursor, from_state, to_state
-from actcache.reader.device import BATCHES_AHEAD, Parcel
+from actcache.reader.device import BATCHES_AHEAD, Courier, Parcel
 from actcache.reader.filling import Filling
 from actcache.reader.provenance import Provenance
 from actcache.reader.quality import Expected, Quality, QualityMeter, expected
@@ -341,15 +342,9 @@ class Stream:
         return Batch(
             rows[0],
             layer,
-            lookup=lambda name: self._look_up(name, row),
+            lookup=partial(_look_up, self._provenance, courier, self.delivery.device, row),
             hooks=dict(zip(self.selection.hooks, rows, strict=True)),
         )
-
-    def _look_up(self, name: str, row: NDArray[np.int64]) -> Tensor:
-        found, courier = self._provenance.look_up(name, row), self._filling.courier
-        if courier is None:
-            return torch.from_numpy(found).to(self.delivery.device)
-        return courier.hand_over(courier.send([], [], found))[0]
 
     # The end.
 
@@ -364,3 +359,13 @@ class Stream:
         self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _look_up(
+    provenance: Provenance, courier: Courier | None, device: str, row: NDArray[np.int64], name: str
+) -> Tensor:
+    """What a batch looks up when it is asked. It holds no stream: a batch that is kept keeps no threads."""
+    found = provenance.look_up(name, row)
+    if courier is None:
+        return torch.from_numpy(found).to(device)
+    return courier.hand_over(courier.send([], [], found))[0]

@@ -80,7 +80,7 @@ class Fill:
         self.window, self._name = window, name
         self.error: BaseException | None = None
         self._layout: Layout | None = None
-        self._pool, self._lay_out, self._counters = pool, lay_out, counters
+        self._pool, self._counters = pool, counters
         self._fetching = fetching
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -88,17 +88,19 @@ class Fill:
         self.reading: dict[int, str] = {}  # thread -> what it reads
         self._chunks_per_job = max(1, JOB_BYTES // chunk_bytes)
         self._n_ahead = max(self._chunks_per_job, _READ_AHEAD_BYTES // chunk_bytes)
-        pool.submit(self._open)
+        pool.submit(
+            self._open, lay_out
+        )  # not kept: a stream that is dropped is freed without a garbage collection
 
     @property
     def is_done(self) -> bool:
         """Whether `wait` would not have to wait."""
         return self._done.is_set()
 
-    def _open(self) -> None:
+    def _open(self, lay_out: Callable[[], Layout]) -> None:
         started = perf_counter()
         try:
-            layout = self._lay_out()
+            layout = lay_out()
             self._layout = layout
             self._counters.add(layout_s=perf_counter() - started)
             if self._fetching is None:
