@@ -21,6 +21,7 @@ from actcache.reader.provenance import Provenance
 from actcache.reader.quality import Expected, Quality, QualityMeter, expected
 from actcache.reader.selection import Delivery, Selection
 from actcache.reader.window import BufferPool, Fetching, Fill, Lane, Layout, Room, lay_out
+from actcache.store.dtypes import disk_dtype
 from actcache.store.open import CaptureCatalog
 from actcache.store.schema import digest_of
 from actcache.store.shard import ShardReader
@@ -135,12 +136,10 @@ class Stream:
             n_chunks = per_step * self.selection.commit_shards
         n_rows = self.selection.batch_size + n_chunks * len(self._lanes) * self._grid.rows_per_chunk
         n_layers = 1 if self.selection.stack == "data" else len(self.layers)
-        pools = []
-        for found in self._captures:
-            dtype = found.arrays["rows"].dtype
-            assert dtype is not None
-            pools.append(BufferPool(n_rows, found.capture.width * n_layers, dtype))
-        return pools
+        return [
+            BufferPool(n_rows, found.capture.width * n_layers, disk_dtype(found.capture.dtype))
+            for found in self._captures
+        ]
 
     def _affordable_buffers(self) -> int:
         """How many window buffers the memory bound allows; MemoryBoundError states the least that would do."""
