@@ -200,7 +200,12 @@ def build(
     model_dtype: Annotated[
         str, typer.Option(help="The model computes in: float32, bfloat16, float16, or auto.")
     ] = "auto",
-    codec: Annotated[str, typer.Option(help="zstd (smallest), lz4 (faster) or none.")] = "zstd",
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="zstd (smallest without loss), lz4 (faster), none, or uint8 (a byte a number, with loss)."
+        ),
+    ] = "zstd",
     holdout: Annotated[
         float, typer.Option(help="Fraction held out for evaluation: whole documents, whole shards.")
     ] = 0.01,
@@ -228,7 +233,7 @@ def build(
     from actcache.producer.plan import Settings
 
     _choice("dtype", dtype, ("bfloat16", "float16", "float32"))
-    _choice("codec", codec, ("zstd", "lz4", "none"))
+    _choice("codec", codec, ("zstd", "lz4", "none", "uint8"))
     _choice("model-dtype", model_dtype, ("auto", "bfloat16", "float16", "float32"))
     text = open_corpus(corpus, text_column)
     _quiet_transformers()
@@ -401,7 +406,12 @@ def import_(
             help="Stored as bfloat16, float16 or float32. Without it: as in the source, bit for bit."
         ),
     ] = None,
-    codec: Annotated[str, typer.Option(help="zstd (smallest), lz4 (faster) or none.")] = "zstd",
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="zstd (smallest without loss), lz4 (faster), none, or uint8 (a byte a number, with loss)."
+        ),
+    ] = "zstd",
     holdout: Annotated[
         float, typer.Option(help="Fraction held out for evaluation: whole documents, whole shards.")
     ] = 0.01,
@@ -438,7 +448,7 @@ def import_(
 
     if dtype is not None:
         _choice("dtype", dtype, ("bfloat16", "float16", "float32"))
-    _choice("codec", codec, ("zstd", "lz4", "none"))
+    _choice("codec", codec, ("zstd", "lz4", "none", "uint8"))
     opened = open_source(
         source,
         source_format=source_format,
@@ -605,6 +615,9 @@ def _said(value: Any) -> str:
 def _facts(catalog: "Catalog") -> dict[str, Any]:
     import numpy as np
 
+    from actcache.store.arrays import is_quantised
+    from actcache.store.merged import quantisation_errors
+
     plan, grid = catalog.plan, catalog.grid
     request = plan.request
     stored = int(catalog.shards.stored.sum())
@@ -617,6 +630,7 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
         raw = rows * len(found.capture.layers) * found.capture.width * itemsize
         totals = [found.side("totals", s)[0] for s in committed]
         n_kept, norm_sum = (sum(t[:, i] for t in totals) for i in (0, 1))
+        errors = quantisation_errors(found, committed).values() if is_quantised(found.capture) else ()
         captures[name] = {
             "hook": found.capture.hook,
             "layers": list(found.capture.layers),
@@ -629,6 +643,8 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
             "ratio": round(raw / disk, 3) if disk else None,
             "norm_mean": np.round(norm_sum / n_kept, 2).tolist() if totals else None,
             "norm_max": np.round(np.max([t[:, 3] for t in totals], axis=0), 1).tolist() if totals else None,
+            "fvu_of_quantising": [float(f"{e.fvu:.2g}") for e in errors] or None,
+            "fvu_of_worst_dimension": [float(f"{e.worst:.2g}") for e in errors] or None,
             "digest": found.capture.digest,
         }
     return {

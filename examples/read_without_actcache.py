@@ -93,6 +93,30 @@ def decode(data: bytes, codec: str) -> bytes:
     return data if codec == "none" else numcodecs.Blosc().decode(data)
 
 
+def table(record: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and crc32c, section 4."""
+    lengths, crcs = (
+        np.frombuffer(base64.b64decode(record[x]), "<u4").astype(int) for x in ("lengths", "crc32c")
+    )
+    return lengths, crcs
+
+
+def quantised_row(codes: np.ndarray, i: int, block: bytes, dtype: str) -> np.ndarray:
+    """Row `i` of a chunk from its codes and the chunk's block, sections 6 and 8, in the dtype on disk."""
+    width = len(codes)
+    n_exact = (len(block) - 8 * width) // (4 + np.dtype(dtype).itemsize * width)
+    scale, offset = np.frombuffer(block, "<f4", 2 * width).reshape(2, width)
+    numbers = np.frombuffer(block, "<u4", n_exact, 8 * width)
+    if (codes == 255).all():
+        exact = np.frombuffer(block, dtype, n_exact * width, 8 * width + 4 * n_exact).reshape(-1, width)
+        return exact[numbers.tolist().index(i)]
+    value = offset + scale * codes.astype("<f4")
+    if dtype != "<u2":
+        return value.astype(dtype)
+    bits = value.view("<u4")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(dtype)
+
+
 class Store:
     """A store of format 1."""
 
@@ -148,20 +172,23 @@ class Store:
         expect(digest_of(facts) == record["digest"], "ledger record")
         expect(record["shard"] == shard and record["capture_digest"] == attributes["digest"], "ledger place")
 
-        lengths, crcs = (
-            np.frombuffer(base64.b64decode(record["chunks"][name]), "<u4").astype(int)
-            for name in ("lengths", "crc32c")
-        )
+        lengths, crcs = table(record["chunks"])
+        block_lengths, block_crcs = table(record["scales"]) if record["scales"] else (lengths * 0, crcs)
         rows_per_chunk = self.grid["rows_per_chunk"]
         per_layer = -(-self.shards[shard]["stored"] // rows_per_chunk)
         k = capture["layers"].index(layer) * per_layer + j // rows_per_chunk
         with (capture_dir / f"rows/c.0.{shard}.0").open("rb") as file:
-            file.seek(int(lengths[:k].sum()))
-            data = file.read(int(lengths[k]) - 4)
-        expect(crc32c(data) == crcs[k], "chunk")
+            file.seek(int(lengths[:k].sum() + block_lengths[:k].sum()))
+            data, block = file.read(int(lengths[k])), file.read(int(block_lengths[k]))
+        expect(crc32c(data[:-4]) == crcs[k], "chunk")
         dtype = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4"}[capture["dtype"]]
-        chunk = np.frombuffer(decode(data, capture["codec"]), dtype).reshape(rows_per_chunk, capture["width"])
-        row = chunk[j % rows_per_chunk]
+        width, i = capture["width"], j % rows_per_chunk
+        if capture["codec"] == "uint8":
+            expect(crc32c(block[:-4]) == block_crcs[k], "block of scales")
+            codes = np.frombuffer(data, "u1", width, i * width)
+            row = quantised_row(codes, i, block[:-4], dtype)
+        else:
+            row = np.frombuffer(decode(data[:-4], capture["codec"]), dtype).reshape(-1, width)[i]
         if capture["dtype"] == "bfloat16":
             row = (row.astype("<u4") << 16).view("<f4")
         return row.astype(np.float64)

@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -28,12 +30,12 @@ from actcache.store.arrays import NO_DOCUMENT, disk_dtype
 from actcache.store.create import CaptureRequest, create_plan, staging
 from actcache.store.create import Sequences as ShardSequences
 from actcache.store.disk import Disk
+from actcache.store.dtypes import as_float32
 from actcache.store.ledger import ShardCommitter
 from actcache.store.mixing import mix
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
 from actcache.store.schema import CorpusRecord, Grid, ModelRecord, Request, TextRecord, TokenizerRecord
-from actcache.store.statistics import as_float32
 
 ASSETS = Path(__file__).parent / "assets"
 SEPARATOR = "<|endoftext|>"
@@ -182,7 +184,11 @@ def make_store(kit, tmp_path_factory) -> Callable[..., Path]:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a store holds, in plain arrays. acts: capture -> [l, q, t, d] as on disk."""
+    """What a store holds, in plain arrays.
+
+    given  capture -> [l, q, t, d] in the dtype on disk: what was committed.
+    acts   the same as it is to be read. Other numbers only where rows are quantised; then zarr-python has read them.
+    """
 
     root: Path
     grid: Grid
@@ -192,6 +198,7 @@ class Truth:
     acts: dict[str, np.ndarray]
     layers: tuple[int, ...]
     dtype: str
+    given: dict[str, np.ndarray]
 
     @property
     def is_stored(self) -> np.ndarray:
@@ -332,7 +339,7 @@ def write_store(
         every = {h: random_acts(rng, (len(layers), *shape, width), dtype) for h in hooks}
     else:
         every = dict.fromkeys(hooks, acts)
-    truth = Truth(root, grid, tokens, document, keep, every, layers, dtype)
+    truth = Truth(root, grid, tokens, document, keep, every, layers, dtype, every)
     captures = [CaptureRequest(hook=h, layers=layers, width=width, dtype=dtype, codec=codec) for h in hooks]
     with no_sync():
         with staging(root, None) as disk:
@@ -356,7 +363,36 @@ def write_store(
                 on_shard=lambda: None,
             )
         commit_shards(truth, range(grid.n_shards) if commit is None else commit)
+    if codec == "uint8":
+        return replace(truth, acts={h: _as_others_read(truth, h) for h in hooks})
     return truth
+
+
+def _as_others_read(truth: Truth, hook: str) -> np.ndarray:
+    """[l, q, t, d] of a quantised capture, by the rule of docs/format.md; zero where nothing is stored."""
+    q, t = (
+        np.asarray(zarr.open_array(truth.root / f"row_{x}", mode="r")[...]) for x in ("sequence", "position")
+    )
+    stored = np.flatnonzero(q != NO_DOCUMENT)
+    found = np.zeros_like(truth.given[hook])
+    found[:, q[stored], t[stored]] = dequantised_by_zarr(truth.root / f"acts/{hook}")[:, stored]
+    return found
+
+
+def dequantised_by_zarr(group: Path) -> np.ndarray:
+    """[l, row, d] in the dtype on disk: `where(code == 255, exact, offset + scale * code)`."""
+    rows, scale, offset, exact = (
+        np.asarray(zarr.open_array(group / name, mode="r")[...])
+        for name in ("rows", "scale", "offset", "exact")
+    )
+    dtype = json.loads((group / "rows/zarr.json").read_bytes())["attributes"]["actcache"]["dtype"]
+    chunk = np.arange(rows.shape[1]) // (rows.shape[1] // scale.shape[1])
+    values = (offset[:, chunk] + scale[:, chunk] * rows.astype(np.float32)).astype(np.float32)
+    with np.errstate(over="ignore"):
+        rounded = (
+            values.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "bfloat16" else values.astype(dtype)
+        )
+    return np.where(rows == 255, exact, rounded)
 
 
 def _rows_of(grid: Grid, shard: int) -> slice:
@@ -389,7 +425,7 @@ def mixed_rows(truth: Truth, shard: int, hook: str) -> np.ndarray:
     at = _rows_of(truth.grid, shard)
     seed = Catalog(LocalObjects(truth.root)).plan.request.seed
     mixed = mix(truth.grid, seed, shard, truth.keep[at], truth.document[at])
-    acts = truth.acts[hook][:, at].reshape(len(truth.layers), -1, truth.acts[hook].shape[-1])
+    acts = truth.given[hook][:, at].reshape(len(truth.layers), -1, truth.given[hook].shape[-1])
     rows = np.empty((acts.shape[0], mixed.stored, acts.shape[2]), acts.dtype)
     row_of_token = mixed.row_of_token.reshape(-1)
     is_stored = row_of_token >= 0

@@ -23,7 +23,7 @@ from actcache.producer.tokens import (
     tokenizer_digest,
 )
 from actcache.store.arrays import NO_DOCUMENT, disk_dtype
-from actcache.store.codec import EXPECTED_RATIO
+from actcache.store.codec import expected_ratio
 from actcache.store.create import CaptureRequest, Sequences, as_requested, create_plan, staging
 from actcache.store.disk import free_bytes
 from actcache.store.open import Catalog
@@ -218,7 +218,7 @@ def _chunk_rows(captures: list[CaptureRequest], n_shard_tokens: int, seq_len: in
 
     Long sequences keep 256: a shard holds few of them, so a window needs many chunks to see many sequences.
     """
-    row_bytes = min(c.width * disk_dtype(c.dtype).itemsize for c in captures)
+    row_bytes = min(c.width * (1 if c.codec == "uint8" else disk_dtype(c.dtype).itemsize) for c in captures)
     rows, most = _CHUNK_ROWS, _MOST_CHUNK_ROWS if seq_len <= _SHORT_SEQUENCE else _CHUNK_ROWS
     while rows * row_bytes < _LEAST_CHUNK_BYTES and rows < most:
         rows *= 2
@@ -241,10 +241,7 @@ def forecast(grid: Grid, captures: list[CaptureRequest], out: Path) -> SizeForec
     """How large the store will be. DiskFullError when even the expected size does not fit."""
     n_tokens = grid.n_sequences * grid.seq_len
     raw = [n_tokens * len(c.layers) * c.width * disk_dtype(c.dtype).itemsize for c in captures]
-    expected = [
-        b / (EXPECTED_RATIO[c.codec] if c.dtype == "bfloat16" else 1.0)
-        for b, c in zip(raw, captures, strict=True)
-    ]
+    expected = [b / expected_ratio(c.codec, c.dtype) for b, c in zip(raw, captures, strict=True)]
     side = n_tokens * _SIDE_BYTES_PER_TOKEN + sum(
         len(c.layers) * (n_tokens * 4 + grid.n_shards * c.width * 32) for c in captures
     )

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from actcache.reader.filters import RowRules, limits_from_ratio, resolve_positio
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, OrderName, Selection, Stack, parse_shards, shards_text
 from actcache.reader.stream import Stream
-from actcache.store.arrays import MOMENTS
+from actcache.store.dtypes import disk_dtype
+from actcache.store.merged import LayerStatistics, layer_statistics, quantisation_errors
 from actcache.store.objects import open_objects
 from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.schema import Plan
-from actcache.store.statistics import Moments, merge
+from actcache.store.statistics import QuantisationError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -29,23 +30,6 @@ PARTITIONS = 8
 _MOST_PARTITIONS = 4096
 
 Split = Literal["train", "holdout"]
-
-
-class LayerStatistics(NamedTuple):
-    """Statistics of one layer's kept rows in the committed shards of a split.
-
-    n_rows      count.
-    mean, variance, least, greatest  [d] float64, per dimension; the variance divides by n_rows.
-    norm_mean   mean Euclidean norm of a row.    norm_max  greatest.
-    """
-
-    n_rows: int
-    mean: NDArray[np.float64]
-    variance: NDArray[np.float64]
-    least: NDArray[np.float64]
-    greatest: NDArray[np.float64]
-    norm_mean: float
-    norm_max: float
 
 
 class Store:
@@ -158,33 +142,14 @@ class Store:
     def stats(self, hook: str | None = None, split: Split | None = "train") -> dict[int, LayerStatistics]:
         """Statistics of kept rows per layer, merged from the committed shards of a split (None: of both)."""
         capture = self._capture(hook)
-        shards = sorted(set(capture.committed()) & set(self._shards(split)))
-        found: dict[int, LayerStatistics] = {}
-        moments = {s: capture.side("moments", s)[0] for s in shards}
-        totals = {s: capture.side("totals", s)[0] for s in shards}
-        for i, layer in enumerate(capture.capture.layers):
-            merged = Moments(
-                0,
-                *(np.zeros(capture.capture.width) for _ in MOMENTS[:2]),
-                *(np.full(capture.capture.width, np.nan),) * 2,
-            )
-            for s in shards:
-                merged = merge(merged, Moments(int(totals[s][i, 0]), *moments[s][i]))
-            n = merged.n
-            norm_sum, norm_max = (
-                sum(t[i, 1] for t in totals.values()),
-                max((t[i, 3] for t in totals.values()), default=0.0),
-            )
-            found[layer] = LayerStatistics(
-                n,
-                merged.mean,
-                merged.m2 / max(n, 1),
-                merged.least,
-                merged.greatest,
-                float(norm_sum / max(n, 1)),
-                float(norm_max),
-            )
-        return found
+        return layer_statistics(capture, sorted(set(capture.committed()) & set(self._shards(split))))
+
+    def quantisation_error(
+        self, hook: str | None = None, split: Split | None = "train"
+    ) -> dict[int, QuantisationError]:
+        """What quantising cost each layer, measured when it was written; UsageError where rows are stored as they are."""
+        capture = self._capture(hook)
+        return quantisation_errors(capture, sorted(set(capture.committed()) & set(self._shards(split))))
 
     def read(
         self,
@@ -209,8 +174,7 @@ class Store:
             _indices(sequences, grid.n_sequences, "sequences"),
             _indices(positions, grid.seq_len, "positions"),
         )
-        spec = capture.arrays["rows"]
-        out = np.empty((len(q), len(t), capture.capture.width), spec.dtype)
+        out = np.empty((len(q), len(t), capture.capture.width), disk_dtype(capture.capture.dtype))
         layer_i = capture.layer_index(layer)
         for shard in np.unique(q // grid.sequences_per_shard):
             at = np.flatnonzero(q // grid.sequences_per_shard == shard)
@@ -231,7 +195,7 @@ class Store:
     ) -> NDArray[Any]:
         """Rows of one shard by their number within it."""
         reader, r = capture.reader(shard), self.plan.grid.rows_per_chunk
-        out = np.empty((len(rows), capture.capture.width), capture.arrays["rows"].dtype)
+        out = np.empty((len(rows), capture.capture.width), reader.dtype)
         chunk_of = rows // r
         for chunk in np.unique(chunk_of):
             at = chunk_of == chunk

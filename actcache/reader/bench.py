@@ -11,6 +11,7 @@ import numpy as np
 
 from actcache.errors import UsageError
 from actcache.reader.stream import Stream
+from actcache.store.dtypes import disk_dtype
 from actcache.store.objects import LocalObjects
 from actcache.store.open import CaptureCatalog
 
@@ -76,11 +77,7 @@ def bench(
     threads_s = {name: counters[f"{name}_s"] for name in ("layout", "decode", "scatter")}
     share = {name: value / max(1e-9, sum(threads_s.values())) for name, value in threads_s.items()}
     median = {name: statistics.median(values) for name, values in found.items() if values}
-    ratio = (
-        capture.arrays["rows"].codec.n_bytes
-        * _n_chunks(capture, shards[0])
-        / _chunk_bytes(capture, shards[0])
-    )
+    ratio = _decoded_bytes(capture) * _n_chunks(capture, shards[0]) / _chunk_bytes(capture, shards[0])
     return Bench(
         memcpy=median["memcpy"],
         disk=median.get("disk"),
@@ -109,7 +106,14 @@ def _n_chunks(capture: CaptureCatalog, shard: int) -> int:
 
 
 def _chunk_bytes(capture: CaptureCatalog, shard: int) -> int:
-    return int(capture.reader(shard).chunks.length.sum(dtype=np.int64))
+    return int(capture.reader(shard).chunks.stored.sum())
+
+
+def _decoded_bytes(capture: CaptureCatalog) -> int:
+    """Bytes of one chunk's rows as they are handed out."""
+    return (
+        capture.plan.grid.rows_per_chunk * capture.capture.width * disk_dtype(capture.capture.dtype).itemsize
+    )
 
 
 def _disk(capture: CaptureCatalog, shards: list[int], seconds: float) -> float | None:
@@ -133,14 +137,13 @@ def _disk(capture: CaptureCatalog, shards: list[int], seconds: float) -> float |
 
 
 def _decode(capture: CaptureCatalog, shards: list[int], seconds: float) -> float:
-    spec = capture.arrays["rows"]
     n_bytes, scratch, started = 0, None, time.perf_counter()
     for shard in shards:
         reader = capture.reader(shard)
         for layer_index, chunk in np.ndindex(reader.chunks.length.shape):
             rows: Any = reader.read(layer_index, chunk, scratch)
             scratch = rows if rows.flags.writeable else None
-            n_bytes += spec.codec.n_bytes
+            n_bytes += _decoded_bytes(capture)
         if time.perf_counter() - started > seconds:
             break
     return n_bytes / (time.perf_counter() - started)

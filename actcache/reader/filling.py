@@ -27,6 +27,7 @@ from actcache.reader.placement import FETCHED_BYTES, Chunk, place
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, Selection
 from actcache.reader.window import Fetching, Fill, Room
+from actcache.store.dtypes import disk_dtype
 from actcache.store.open import CaptureCatalog
 from actcache.store.shard import ShardReader
 
@@ -65,7 +66,8 @@ class Filling:
         self._orders: dict[int, GlobalOrder | CommitOrder] = {}
         in_flight = captures[0].objects.n_in_flight
         self._io_threads = (delivery.io_threads or in_flight) if in_flight else 0
-        chunk = max(Chunk(c.arrays["rows"].codec.n_bytes, grid.rows_per_chunk) for c in captures)
+        row_bytes = max(c.capture.width * disk_dtype(c.capture.dtype).itemsize for c in captures)
+        chunk = Chunk(grid.rows_per_chunk * row_bytes, grid.rows_per_chunk)
         self._chunk_bytes = chunk.n_bytes
         self.windows, self.courier = place(self._shapes(), chunk, delivery, fetches=bool(self._io_threads))
         self._fills: dict[tuple[int, int], Fill] = {}
@@ -86,12 +88,10 @@ class Filling:
         chosen = self._selection
         n_rows = self.order(0).most_runs * chosen.run_chunks * len(self.lanes) * self._grid.rows_per_chunk
         n_layers = 1 if chosen.stack == "data" else len(chosen.layers)
-        shapes = []
-        for found in self._captures:
-            dtype = found.arrays["rows"].dtype
-            assert dtype is not None
-            shapes.append(Shape(chosen.batch_size + n_rows, found.capture.width * n_layers, dtype))
-        return shapes
+        return [
+            Shape(chosen.batch_size + n_rows, found.capture.width * n_layers, disk_dtype(found.capture.dtype))
+            for found in self._captures
+        ]
 
     @property
     def n_chunk_rows(self) -> int:

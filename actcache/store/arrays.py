@@ -6,7 +6,7 @@ zarr-python itself), the key of each object, and the object's bytes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numcodecs
@@ -14,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.store.codec import CRC_BYTES, Codec, crc32c, with_trailer
+from actcache.store.dtypes import disk_dtype, row_fill
+from actcache.store.quantise import EXACT
 from actcache.store.schema import LEDGER_GENERATIONS, Capture, Grid
 
-BF16_HOLE = 0x7FC1
-"""Fill value of bfloat16 bits: a NaN no arithmetic produces, so that a hole can never pass for data."""
 NO_DOCUMENT = 0xFFFFFFFF
 """Document, sequence and position of padding."""
 SHARDS_PER_RECORD_OBJECT = 4096
 
 MOMENTS = ("mean", "sum_squared_deviations", "min", "max")
-TOTALS = ("n_rows", "norm_sum", "norm_sum_squares", "norm_max")
+TOTALS = ("n_rows", "norm_sum", "norm_sum_squares", "norm_max", "n_non_finite")
+ERRORS = ("n_rows", "mean", "sum_squared_deviations", "sum_squared_errors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class ArraySpec:
 
 
 def checksum(data: bytes) -> tuple[int, int]:
-    """Bytes and crc32c of an unsharded object of numbers, as the plan and the ledger hold them.
+    """Bytes and crc32c of an object of numbers, as the plan and the ledger hold them.
 
     The crc32c is over all but the object's own trailer: over both it would be one and the same number for every
     object, and objects of equal length could change places unnoticed.
@@ -98,11 +99,6 @@ def decode_strings(data: bytes) -> list[str]:
     return texts
 
 
-def disk_dtype(logical: str) -> np.dtype[Any]:
-    """The dtype on disk of a logical dtype: bfloat16 is its bits."""
-    return np.dtype({"bfloat16": "<u2", "float16": "<f2", "float32": "<f4"}[logical])
-
-
 def plan_arrays(grid: Grid) -> dict[str, ArraySpec]:
     """The arrays every capture shares, one object per shard (the last: one per 4,096 shards)."""
     u4, per_sequence = np.dtype("<u4"), (grid.n_sequences, grid.seq_len)
@@ -125,20 +121,26 @@ PER_SHARD_PLAN_ARRAYS = ("tokens", "document", "keep", "row_sequence", "row_posi
 def capture_arrays(grid: Grid, capture: Capture) -> dict[str, ArraySpec]:
     """The arrays of one capture: the rows, and what is small beside them."""
     root, n_layers, width = f"acts/{capture.name}", len(capture.layers), capture.width
-    dtype = disk_dtype(capture.dtype)
     f8, n_shards = np.dtype("<f8"), grid.n_shards
+    rows = ArraySpec(
+        f"{root}/rows",
+        (n_layers, grid.n_rows, width),
+        (n_layers, grid.rows_per_shard, width),
+        ("layer", "row", "width"),
+        disk_dtype(capture.dtype),
+        row_fill(capture.dtype),
+        capture.codec,
+        inner=(1, grid.rows_per_chunk, width),
+        attributes={"actcache": {"dtype": capture.dtype}},
+    )
+    quantised: dict[str, ArraySpec] = {}
+    if is_quantised(capture):
+        attributes = {"actcache": {"dtype": capture.dtype, "codec": capture.codec}}
+        exact = replace(rows, path=f"{root}/exact", codec_name="zstd")
+        rows = replace(rows, dtype=np.dtype("u1"), fill=EXACT, codec_name="none", attributes=attributes)
+        quantised = {"exact": exact, **_scale_arrays(root, grid, capture)}
     return {
-        "rows": ArraySpec(
-            f"{root}/rows",
-            (n_layers, grid.n_rows, width),
-            (n_layers, grid.rows_per_shard, width),
-            ("layer", "row", "width"),
-            dtype,
-            BF16_HOLE if capture.dtype == "bfloat16" else float("nan"),
-            capture.codec,
-            inner=(1, grid.rows_per_chunk, width),
-            attributes={"actcache": {"dtype": capture.dtype}},
-        ),
+        "rows": rows,
         "norm": ArraySpec(
             f"{root}/norm",
             (n_layers, grid.n_rows),
@@ -171,14 +173,50 @@ def capture_arrays(grid: Grid, capture: Capture) -> dict[str, ArraySpec]:
         "ledger": ArraySpec(
             f"{root}/ledger", (LEDGER_GENERATIONS, n_shards), (1, 1), ("generation", "shard"), None, ""
         ),
+        **quantised,
     }
 
 
-SIDE_ARRAYS = ("norm", "moments", "totals")
-"""The arrays of a capture with one object per shard that the ledger covers beside the rows."""
+def _scale_arrays(root: str, grid: Grid, capture: Capture) -> dict[str, ArraySpec]:
+    n_layers, width, n_chunks = len(capture.layers), capture.width, grid.chunks_per_shard
+    scales = {
+        name: ArraySpec(
+            f"{root}/{name}",
+            (n_layers, grid.n_shards * n_chunks, width),
+            (n_layers, n_chunks, width),
+            ("layer", "chunk", "width"),
+            np.dtype("<f4"),
+            float("nan"),
+        )
+        for name in ("scale", "offset")
+    }
+    error = ArraySpec(
+        f"{root}/error",
+        (grid.n_shards, n_layers, len(ERRORS), width),
+        (1, n_layers, len(ERRORS), width),
+        ("shard", "layer", "error", "width"),
+        np.dtype("<f8"),
+        float("nan"),
+        attributes={"actcache": {"error": list(ERRORS)}},
+    )
+    return {**scales, "error": error}
+
+
+def is_quantised(capture: Capture) -> bool:
+    """Whether the rows are codes, to be read with scales and exact rows."""
+    return capture.codec == "uint8"
+
+
+_SIDE_ARRAYS = ("norm", "moments", "totals")
+_QUANTISED_SIDE_ARRAYS = (*_SIDE_ARRAYS, "scale", "offset", "exact", "error")
+
+
+def side_arrays(capture: Capture) -> tuple[str, ...]:
+    """The arrays of a capture with one object per shard that the ledger covers beside the rows."""
+    return _QUANTISED_SIDE_ARRAYS if is_quantised(capture) else _SIDE_ARRAYS
 
 
 def side_key(spec: ArraySpec, shard: int) -> str:
     """Key of a side array's object for one shard."""
-    trailing = len(spec.shape) - 1
-    return spec.key(0, shard) if spec.dims[0] == "layer" else spec.key(shard, *(0,) * trailing)
+    at = 1 if spec.dims[0] == "layer" else 0
+    return spec.key(*(shard if axis == at else 0 for axis in range(len(spec.shape))))

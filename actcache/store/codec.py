@@ -17,13 +17,25 @@ CRC_BYTES = 4
 _LZ4_BLOCK_BYTES = 256 * 1024
 _BLOSC_HEADER_BYTES = 16
 
-EXPECTED_RATIO = {"zstd": 1.41, "lz4": 1.17, "none": 1.0}
+EXPECTED_RATIO = {"zstd": 1.41, "lz4": 1.17, "none": 1.0, "uint8": 1.85}
 """Bytes in over bytes out for bfloat16 activations of a real decoder; a forecast, not a promise."""
+
+
+def expected_ratio(codec: str, dtype: str) -> float:
+    """The forecast for any logical dtype: only bfloat16 compresses, and `uint8` takes one byte whatever it was."""
+    if codec == "uint8":
+        return EXPECTED_RATIO[codec] * (2 if dtype == "float32" else 1)
+    return EXPECTED_RATIO[codec] if dtype == "bfloat16" else 1.0
 
 
 def crc32c(data: Any) -> int:
     """CRC-32C (Castagnoli) of a buffer."""
     return crc32c_package.crc32c(data)
+
+
+def extend_crc32c(data: Any, crc: int) -> int:
+    """CRC-32C of what had the crc `crc`, followed by `data`."""
+    return crc32c_package.crc32c(data, crc)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +75,16 @@ class Codec:
         shuffle = numcodecs.Blosc.SHUFFLE if settings["shuffle"] == "shuffle" else numcodecs.Blosc.BITSHUFFLE
         return numcodecs.Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"])
 
-    def encode(self, values: NDArray[Any]) -> tuple[bytes, int]:
-        """Chunk bytes without their trailer, and their crc32c. `values` holds `n_items` contiguous numbers."""
+    def encode(self, values: NDArray[Any]) -> tuple[bytes | memoryview, int]:
+        """Chunk bytes without their trailer, and their crc32c. `values` holds `n_items` contiguous numbers.
+
+        With codec `none` the bytes are those of `values` themselves, not a copy.
+        """
         flat = np.ascontiguousarray(values, dtype=self.dtype).reshape(-1)
         assert flat.size == self.n_items, (flat.size, self.n_items)
+        data: bytes | memoryview
         if self.name == "none":
-            data = flat.tobytes()
+            data = flat.view(np.uint8).data
         else:
             data = bytes(self._blosc().encode(flat.view(np.uint8) if self.dtype == np.bool_ else flat))
         return data, crc32c(data)
@@ -92,6 +108,11 @@ class Codec:
         return None
 
 
-def with_trailer(data: bytes, crc: int) -> bytes:
-    """Chunk bytes as they lie on disk: the Zarr crc32c codec appends four little-endian bytes."""
-    return data + crc.to_bytes(CRC_BYTES, "little")
+def trailer(crc: int) -> bytes:
+    """What the Zarr crc32c codec appends: four little-endian bytes."""
+    return crc.to_bytes(CRC_BYTES, "little")
+
+
+def with_trailer(data: bytes | memoryview, crc: int) -> bytes:
+    """Chunk bytes as they lie on disk."""
+    return b"".join((data, trailer(crc)))

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -61,16 +61,20 @@ class Writer:
             raise _explained(error, disk.root / key) from error
         self.n_bytes = 0
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, *parts: bytes | memoryview) -> None:
         """Append bytes; DiskFullError when there is no room."""
         self._disk.announce("write", self._key)
-        view = memoryview(data).cast("B")
-        self.n_bytes += len(view)
-        while view:
+        left = [memoryview(part).cast("B") for part in parts if len(part)]
+        while left:
             try:
-                view = view[os.write(self._fd, view) :]
+                n_written = os.writev(self._fd, left)
             except OSError as error:
                 raise _explained(error, self._disk.root / self._key) from error
+            self.n_bytes += n_written
+            while left and n_written >= len(left[0]):
+                n_written -= len(left.pop(0))
+            if n_written:
+                left[0] = left[0][n_written:]
 
     def commit(self) -> bool:
         """Sync and link to the final name; False when that name is taken (nothing is replaced)."""
@@ -192,11 +196,11 @@ class Disk:
             except OSError as error:
                 raise _explained(error, folder) from error
 
-    def create(self, key: str, data: bytes | Iterable[bytes]) -> bool:
+    def create(self, key: str, data: bytes | Iterable[Sequence[bytes | memoryview]]) -> bool:
         """Create one object exclusively and durably; False when it is there already."""
         with Writer(self, key) as writer:
-            for part in [data] if isinstance(data, bytes) else data:
-                writer.write(part)
+            for parts in [[data]] if isinstance(data, bytes) else data:
+                writer.write(*parts)
             return writer.commit()
 
     def settle(self, key: str) -> None:

@@ -15,18 +15,21 @@ from numpy.typing import NDArray
 
 from actcache.errors import DamageError, NonFiniteError
 from actcache.store.arrays import (
-    SIDE_ARRAYS,
     ArraySpec,
     checksum,
     decode_strings,
     encode_strings,
+    is_quantised,
+    side_arrays,
     side_key,
 )
+from actcache.store.codec import CRC_BYTES
 from actcache.store.disk import Disk
+from actcache.store.encode import ChunkEncoder, EncodedShard, Gathered, gather
+from actcache.store.exact import Checksummed, exact_checksum, exact_parts, same_exact
 from actcache.store.objects import Objects
 from actcache.store.schema import FORMAT, Capture, PlannedShard, Producer, ShardRecord, canonical
-from actcache.store.shard import Chunks, EncodedShard, ShardReader, chunks_on_disk
-from actcache.store.statistics import ShardStatistics, as_float32, shard_statistics
+from actcache.store.shard import Chunks, ShardReader, chunks_on_disk
 
 N_AHEAD = 8
 
@@ -55,7 +58,7 @@ def parse_record(data: bytes, key: str, capture: Capture, shard: int) -> ShardRe
 class ShardCommitter:
     """Commits shards of one capture. `commit` may be called for a shard whose rows are already on disk.
 
-    check_finite  called with (shard, layer index, row within the shard) of the first NaN or infinity found.
+    where  says, for an error, which place of the corpus a row (shard, row within it) comes from.
     """
 
     def __init__(
@@ -70,71 +73,92 @@ class ShardCommitter:
     ) -> None:
         self._disk, self._objects, self._capture, self._arrays = disk, objects, capture, arrays
         self._pool, self._version, self._where = pool, version, where
-
-    def rows_on_disk(self, shard: int, planned: PlannedShard) -> tuple[NDArray[Any], Chunks] | None:
-        """Rows [l, stored, d] that a process left behind without committing them; None when there are none.
-
-        An object that fails its own checks is removed: no commit covers it and its writer is gone.
-        """
-        spec = self._arrays["rows"]
-        assert spec.inner is not None
-        key, (n_layers, rows_per_shard, width), r = spec.key(0, shard, 0), spec.chunk, spec.inner[1]
-        try:
-            data = self._objects.read(key)
-        except FileNotFoundError:
-            return None
-        try:
-            chunks = chunks_on_disk(data, n_layers, rows_per_shard // r, planned.stored, r)
-        except ValueError:
-            self._disk.remove(key)
-            return None
-        reader = ShardReader(self._objects, key, chunks, spec.codec, (r, width))
-        rows = np.empty((n_layers, chunks.length.shape[1] * r, width), spec.dtype)
-        for layer_i, c in np.ndindex(chunks.length.shape):
-            rows[layer_i, c * r : (c + 1) * r] = reader.read(layer_i, c)
-        return rows[:, : planned.stored], chunks
+        self._rows = arrays["rows"]
+        self._encoder = ChunkEncoder(capture, self._rows)
 
     def commit(self, shard: int, planned: PlannedShard, rows: NDArray[Any]) -> ShardRecord:
         """Commit one shard of stored rows [l, stored, d]; returns the record that holds, ours or another's."""
-        spec = self._arrays["rows"]
-        encoded = EncodedShard(rows, spec, self._pool, N_AHEAD)
-        statistics = self._statistics(shard, planned, rows)
-        if self._disk.create(spec.key(0, shard, 0), encoded):
-            return self._record(shard, encoded.chunks, statistics)
+        gathered = self._gathered(shard, planned)
+        encoded = EncodedShard(rows, self._encoder, gathered, self._pool, N_AHEAD)
+        if self._disk.create(self._key(shard), encoded):
+            return self._record(shard, encoded.chunks, gathered)
         return self.adopt(shard, planned) or self.commit(shard, planned, rows)
 
     def adopt(self, shard: int, planned: PlannedShard) -> ShardRecord | None:
-        """Commit a shard whose rows are on disk already; None when they are not, or not whole."""
-        found = self.rows_on_disk(shard, planned)
-        if found is None:
+        """Commit a shard whose rows are on disk already, without a record; None when they are not, or not whole.
+
+        Read chunk by chunk. An object that fails its own checks is removed: no commit covers it and its writer is gone.
+        """
+        spec, key = self._rows, self._key(shard)
+        assert spec.inner is not None
+        try:
+            n_bytes = self._objects.size(key)
+        except FileNotFoundError:
             return None
-        self._disk.settle(self._arrays["rows"].key(0, shard, 0))
-        return self._record(shard, found[1], self._statistics(shard, planned, found[0]))
+        try:
+            chunks = chunks_on_disk(
+                lambda start, n: self._objects.read_range(key, start, n),
+                n_bytes,
+                n_layers=spec.chunk[0],
+                chunks_per_shard=spec.chunk[1] // spec.inner[1],
+                stored=planned.stored,
+                rows_per_chunk=spec.inner[1],
+                quantised_width=spec.chunk[2] if is_quantised(self._capture) else None,
+            )
+        except ValueError:
+            self._disk.remove(key)
+            return None
+        gathered = self._gathered(shard, planned)
+        gather(self._reader(shard, chunks), gathered, self._capture.dtype)
+        if chunks.blocks is not None:
+            n_errors = gathered.squared_errors.nbytes
+            errors = self._objects.read_range(key, int(chunks.stored.sum()), n_errors)
+            gathered.squared_errors[:] = np.frombuffer(errors, "<f8").reshape(gathered.squared_errors.shape)
+        self._disk.settle(key)
+        return self._record(shard, chunks, gathered)
 
-    def _statistics(self, shard: int, planned: PlannedShard, rows: NDArray[Any]) -> ShardStatistics:
-        statistics = shard_statistics(rows, self._capture.dtype, planned.kept, self._arrays["rows"].chunk[1])
-        for layer_i, row in np.argwhere(~np.isfinite(statistics.norm[:, : planned.stored])):
-            values = as_float32(rows[layer_i, row], self._capture.dtype)
-            if not np.isfinite(values).all():
-                raise NonFiniteError(
-                    f"{'NaN' if np.isnan(values).any() else 'infinity'} in {self._capture.name}, layer "
-                    f"{self._capture.layers[layer_i]}, {self._where(shard, int(row))}: the shard was not committed. "
-                    f"Try another --model-dtype (float16 overflows where bfloat16 does not) or another --dtype."
-                )
-        return statistics
+    def _key(self, shard: int) -> str:
+        return self._rows.key(0, shard, 0)
 
-    def _record(self, shard: int, chunks: Chunks, statistics: ShardStatistics) -> ShardRecord:
-        side = {name: self._side(name, shard, getattr(statistics, name)) for name in SIDE_ARRAYS}
-        spec = self._arrays["rows"]
+    def _reader(self, shard: int, chunks: Chunks) -> ShardReader:
+        assert self._rows.inner is not None
+        return ShardReader(
+            self._objects,
+            self._key(shard),
+            chunks,
+            self._rows.codec,
+            (self._rows.inner[1], self._rows.inner[2]),
+            quantised=self._capture.dtype if is_quantised(self._capture) else None,
+        )
+
+    def _gathered(self, shard: int, planned: PlannedShard) -> Gathered:
+        def refuse(layer_i: int, row: int, is_nan: bool) -> None:  # noqa: FBT001 - a callback
+            raise NonFiniteError(
+                f"{'NaN' if is_nan else 'infinity'} in {self._capture.name}, layer "
+                f"{self._capture.layers[layer_i]}, {self._where(shard, row)}: the shard was not committed. "
+                f"Try another --model-dtype (float16 overflows where bfloat16 does not) or another --dtype."
+            )
+
+        return Gathered(self._capture, self._rows, planned, refuse)
+
+    def _record(self, shard: int, chunks: Chunks, gathered: Gathered) -> ShardRecord:
+        values = gathered.side_values()
+        side = {
+            name: self._side(name, shard, values[name]) if name in values else self._exact(shard, chunks)
+            for name in side_arrays(self._capture)
+        }
+        spec = self._rows
         assert spec.inner is not None
         index = chunks.index_bytes(spec.chunk[1] // spec.inner[1])
+        n_errors = gathered.squared_errors.nbytes + CRC_BYTES if gathered.is_quantised else 0
         draft = ShardRecord(
             format=FORMAT,
             capture_digest=self._capture.digest,
             shard=shard,
             generation=0,
-            rows_bytes=int(chunks.length.sum(dtype=np.int64)) + len(index),
+            rows_bytes=int(chunks.stored.sum()) + n_errors + len(index),
             chunks=chunks.table(),
+            scales=chunks.scale_table(),
             side=side,
             digest="0" * 64,
             producer=Producer(
@@ -156,21 +180,41 @@ class ShardCommitter:
         if not self._disk.create(key, data):
             there = self._objects.read(key)
             if there != data:
-                there = self._checked(spec, key, there, shaped)
+                self._check_side(spec, key, there, shaped)
             data = there
         return checksum(data)
 
-    def _checked(self, spec: ArraySpec, key: str, data: bytes, values: NDArray[Any]) -> bytes:
-        """Bytes of a side object another process made from the same rows: equal up to rounding, or an error."""
+    def _check_side(self, spec: ArraySpec, key: str, data: bytes, values: NDArray[Any]) -> None:
+        """A side object another process made from the same rows must be equal up to rounding."""
         try:
             found = spec.decode(data)
         except ValueError as error:
-            raise DamageError(
-                f"{key} was left behind damaged ({error}). Remove that file, then build again."
-            ) from error
+            raise _left_damaged(key, error) from error
         if not np.allclose(found, values, rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise DamageError(
-                f"{key} was left behind by another process and does not describe the rows beside it. "
-                f"Remove that file, then build again."
-            )
-        return data
+            raise _not_of_these_rows(key)
+
+    def _exact(self, shard: int, chunks: Chunks) -> tuple[int, int]:
+        """The array in which other readers find the rows stored exactly: a copy of what lies in the shard's blocks."""
+        spec, reader = self._arrays["exact"], self._reader(shard, chunks)
+        key, parts = side_key(spec, shard), Checksummed(exact_parts(reader, spec))
+        if self._disk.create(key, parts):
+            return parts.checksum
+        there = self._objects.read(key)
+        try:
+            found = exact_checksum(there, spec)
+        except ValueError as error:
+            raise _left_damaged(key, error) from error
+        if found != parts.checksum and not same_exact(there, reader, spec):
+            raise _not_of_these_rows(key)
+        return found
+
+
+def _left_damaged(key: str, error: ValueError) -> DamageError:
+    return DamageError(f"{key} was left behind damaged ({error}). Remove that file, then build again.")
+
+
+def _not_of_these_rows(key: str) -> DamageError:
+    return DamageError(
+        f"{key} was left behind by another process and does not describe the rows beside it. "
+        f"Remove that file, then build again."
+    )

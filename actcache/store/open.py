@@ -12,15 +12,17 @@ from pydantic import ValidationError
 from actcache.errors import DamageError, NotFoundError, UncommittedError, UsageError
 from actcache.store.arrays import (
     PER_SHARD_PLAN_ARRAYS,
-    SIDE_ARRAYS,
     ArraySpec,
     capture_arrays,
     checksum,
     decode_strings,
+    is_quantised,
     plan_arrays,
+    side_arrays,
     side_key,
 )
-from actcache.store.codec import CRC_BYTES
+from actcache.store.codec import CRC_BYTES, trailer
+from actcache.store.exact import exact_checksum
 from actcache.store.ledger import ledger_key, parse_record
 from actcache.store.local import LocalFiles
 from actcache.store.objects import LocalObjects, Objects, open_objects
@@ -130,18 +132,25 @@ class CaptureCatalog:
         if shard not in self._readers:
             spec, record = self.arrays["rows"], self.record(shard)
             assert spec.inner is not None
-            chunks = Chunks.from_table(record.chunks, len(self.capture.layers))
+            chunks = Chunks.from_record(record, len(self.capture.layers))
             key = spec.key(0, shard, 0)
             _one, rows_per_chunk, width = spec.inner
             self._readers[shard] = ShardReader(
-                self.objects, key, chunks, spec.codec, (rows_per_chunk, width), files=self.files
+                self.objects,
+                key,
+                chunks,
+                spec.codec,
+                (rows_per_chunk, width),
+                files=self.files,
+                quantised=self.capture.dtype if is_quantised(self.capture) else None,
             )
         return self._readers[shard]
 
     def side(self, name: str, shard: int) -> NDArray[Any]:
-        """A side array's values for one committed shard, in the shape of its object."""
-        assert name in SIDE_ARRAYS
+        """A side array's values for one committed shard, in the shape of its object; not `exact`, which others read."""
         spec = self.arrays[name]
+        assert name in side_arrays(self.capture)
+        assert spec.inner is None
         return read_checked(self.objects, spec, side_key(spec, shard), self.record(shard).side[name])
 
     def layer_index(self, layer: int) -> int:
@@ -157,13 +166,13 @@ def read_checked(objects: Objects, spec: ArraySpec, key: str, expected: tuple[in
     """Read one object and compare it with what was written down of it (bytes, crc32c)."""
     try:
         data = objects.read(key)
-        if object_problem(data, expected):
+        if object_problem(spec, data, expected):
             data = objects.read(key)  # it may have gone wrong on the way here
     except FileNotFoundError as error:
         raise DamageError(
             f"{key} is missing. Run 'actcache verify' on the store to list all damage."
         ) from error
-    problem = object_problem(data, expected)
+    problem = object_problem(spec, data, expected)
     if problem:
         raise DamageError(f"{key} {problem}. Run 'actcache verify' on the store to list all damage.")
     try:
@@ -172,13 +181,23 @@ def read_checked(objects: Objects, spec: ArraySpec, key: str, expected: tuple[in
         raise DamageError(f"{key} cannot be decoded: {error}") from error
 
 
-def object_problem(data: bytes, expected: tuple[int, int]) -> str | None:
+def object_problem(spec: ArraySpec, data: bytes, expected: tuple[int, int]) -> str | None:
     """What is wrong with an object's bytes, or None."""
     if len(data) != expected[0]:
         return f"holds {len(data)} bytes where {expected[0]} were written"
-    if checksum(data) != expected or data[-CRC_BYTES:] != expected[1].to_bytes(CRC_BYTES, "little"):
+    if spec.inner is not None:
+        return _sharded_problem(spec, data, expected)
+    if checksum(data) != expected or data[-CRC_BYTES:] != trailer(expected[1]):
         return "does not match the crc32c that was written down for it"
     return None
+
+
+def _sharded_problem(spec: ArraySpec, data: bytes, expected: tuple[int, int]) -> str | None:
+    try:
+        is_right = exact_checksum(data, spec) == expected
+    except ValueError as error:
+        return f"is damaged: {error}"
+    return None if is_right else "does not match the crc32c that was written down for it"
 
 
 class Catalog:

@@ -14,7 +14,7 @@ FORMAT = 1
 LEDGER_GENERATIONS = 16  # one build and up to fifteen repairs of the same shard
 
 LogicalDtype = Literal["bfloat16", "float16", "float32"]
-CodecName = Literal["zstd", "lz4", "none"]
+CodecName = Literal["zstd", "lz4", "none", "uint8"]
 HookName = Literal["resid_post", "resid_pre", "mlp_in", "mlp_out", "attn_out"]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -192,6 +192,17 @@ class ChunkTable(Record):
     crc32c: str
 
 
+class ScaleTable(Record):
+    """What lies in a quantised shard beside its codes: a block behind every chunk, and one of errors.
+
+    Lengths and crc32c as in ChunkTable; `errors` is the crc32c of the block of errors.
+    """
+
+    lengths: str
+    crc32c: str
+    errors: int
+
+
 class Producer(Record):
     """Who committed a shard. Never part of a digest."""
 
@@ -209,6 +220,7 @@ class ShardRecord(Record):
     generation: int
     rows_bytes: int
     chunks: ChunkTable
+    scales: ScaleTable | None
     side: dict[str, tuple[int, int]]
     digest: Hex
     producer: Producer

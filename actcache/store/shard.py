@@ -2,30 +2,34 @@
 
     chunk (layer 0, rows 0..R) | crc | chunk (layer 0, rows R..2R) | crc | ... | chunk (layer 1, ...) | ... | index | crc
 
+and where rows are quantised
+
+    codes | crc | scales | crc | codes | crc | scales | crc | ... | errors | crc | index | crc
+
 Chunks lie layer by layer, so one layer of a shard is one contiguous range. Chunks of padding are absent. The index
 holds (offset, length) for every chunk, absent ones as 2^64-1, little-endian, with its own crc32c. Readers of ours do
 not need it: offsets follow from the lengths in the ledger, and the ledger's crc32c are the ones compared.
 """
 
 import base64
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import DamageError
-from actcache.store.arrays import ArraySpec
-from actcache.store.codec import CRC_BYTES, Codec, crc32c, with_trailer
+from actcache.store.codec import CRC_BYTES, Codec, crc32c, trailer, with_trailer
+from actcache.store.dtypes import disk_dtype
 from actcache.store.local import LocalFiles
 from actcache.store.objects import Objects
+from actcache.store.quantise import Quantised, dequantise, parse
 from actcache.store.remote import merge_ranges
-from actcache.store.schema import ChunkTable
+from actcache.store.schema import ChunkTable, ScaleTable, ShardRecord
 
-_ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
+ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
+"""Offset and length, in an index, of a chunk that is not stored."""
 
 
 def _pack(values: NDArray[np.uint32]) -> str:
@@ -43,29 +47,50 @@ class Chunks:
 
     length  [l, c] uint32, bytes of each stored chunk, trailer included.
     crc     [l, c] uint32, crc32c of the bytes before the trailer.
+    blocks  the same of the block of scales behind each chunk; None where rows are not quantised.
+    errors  crc32c of the block of errors behind them all.
     """
 
     length: NDArray[np.uint32]
     crc: NDArray[np.uint32]
+    blocks: "Chunks | None" = None
+    errors: int = 0
 
     @classmethod
-    def from_table(cls, table: ChunkTable, n_layers: int) -> Self:
+    def from_record(cls, record: ShardRecord, n_layers: int) -> Self:
         """From a ledger record; ValueError where the record cannot be this shard's."""
-        return cls(_unpack(table.lengths, n_layers), _unpack(table.crc32c, n_layers))
+        tables = [t for t in (record.chunks, record.scales) if t is not None]
+        found = [(_unpack(t.lengths, n_layers), _unpack(t.crc32c, n_layers)) for t in tables]
+        if record.scales is None:
+            return cls(*found[0])
+        return cls(*found[0], blocks=Chunks(*found[1]), errors=record.scales.errors)
 
     def table(self) -> ChunkTable:
         """As the ledger holds it."""
         return ChunkTable(lengths=_pack(self.length), crc32c=_pack(self.crc))
 
+    def scale_table(self) -> ScaleTable | None:
+        """What the ledger holds of blocks."""
+        if self.blocks is None:
+            return None
+        lengths, crc32c_ = (_pack(values) for values in (self.blocks.length, self.blocks.crc))
+        return ScaleTable(lengths=lengths, crc32c=crc32c_, errors=self.errors)
+
+    @property
+    def stored(self) -> NDArray[np.int64]:
+        """[l, c] bytes that belong to each chunk: itself, and the block behind it."""
+        length = self.length.astype(np.int64)
+        return length if self.blocks is None else length + self.blocks.length
+
     @property
     def offset(self) -> NDArray[np.int64]:
         """[l, c] first byte of each chunk."""
-        flat = self.length.reshape(-1).astype(np.int64)
+        flat = self.stored.reshape(-1)
         return (np.cumsum(flat) - flat).reshape(self.length.shape)
 
     def index_bytes(self, chunks_per_shard: int) -> bytes:
         """The Zarr index of the shard with its trailer."""
-        index = np.full((self.length.shape[0], chunks_per_shard, 2), _ABSENT, dtype="<u8")
+        index = np.full((self.length.shape[0], chunks_per_shard, 2), ABSENT, dtype="<u8")
         index[:, : self.length.shape[1], 0] = self.offset
         index[:, : self.length.shape[1], 1] = self.length
         data = index.tobytes()
@@ -75,60 +100,6 @@ class Chunks:
 def n_stored_chunks(stored: int, rows_per_chunk: int) -> int:
     """Chunks per layer that hold at least one stored row."""
     return -(-stored // rows_per_chunk)
-
-
-def _padded(rows: NDArray[Any], spec: ArraySpec) -> NDArray[Any]:
-    """One chunk of rows; a short last one is filled up, because Zarr knows no short inner chunk."""
-    assert spec.inner is not None
-    if rows.shape[0] == spec.inner[1]:
-        return rows
-    whole = np.full(spec.inner[1:], spec.fill, dtype=rows.dtype)
-    whole[: rows.shape[0]] = rows
-    return whole
-
-
-class EncodedShard:
-    """The parts of a shard in file order, encoded on `pool` a few chunks ahead of the writer.
-
-    rows  [l, stored, d] numbers on disk dtype. Iterate once, then ask for `chunks`.
-    """
-
-    def __init__(self, rows: NDArray[Any], spec: ArraySpec, pool: Executor, n_ahead: int) -> None:
-        self._rows, self._spec, self._pool, self._n_ahead = rows, spec, pool, n_ahead
-        self._lengths: list[int] = []
-        self._crcs: list[int] = []
-
-    def _jobs(self) -> Iterator[NDArray[Any]]:
-        assert self._spec.inner is not None
-        r = self._spec.inner[1]
-        for layer_rows in self._rows:
-            for start in range(0, layer_rows.shape[0], r):
-                yield _padded(layer_rows[start : start + r], self._spec)
-
-    def __iter__(self) -> Iterator[bytes]:
-        codec, pending = self._spec.codec, deque[Future[tuple[bytes, int]]]()
-        jobs = self._jobs()
-        for job in jobs:
-            pending.append(self._pool.submit(codec.encode, job))
-            if len(pending) > self._n_ahead:
-                yield self._take(pending)
-        while pending:
-            yield self._take(pending)
-        yield self.chunks.index_bytes(self._spec.chunk[1] // self._spec.inner[1])  # type: ignore[index]
-
-    def _take(self, pending: deque[Future[tuple[bytes, int]]]) -> bytes:
-        data, crc = pending.popleft().result()
-        self._lengths.append(len(data) + CRC_BYTES)
-        self._crcs.append(crc)
-        return with_trailer(data, crc)
-
-    @property
-    def chunks(self) -> Chunks:
-        """Lengths and crc32c of what was encoded."""
-        shape = (self._rows.shape[0], -1)
-        return Chunks(
-            np.array(self._lengths, np.uint32).reshape(shape), np.array(self._crcs, np.uint32).reshape(shape)
-        )
 
 
 def chunk_damage(key: str, layer_i: int, chunk: int, what: str) -> DamageError:
@@ -141,7 +112,8 @@ def chunk_damage(key: str, layer_i: int, chunk: int, what: str) -> DamageError:
 class ShardReader:
     """Chunks of one committed shard, each compared with the ledger before it is decoded.
 
-    files  reads a local store without new memory for each chunk; None reads through `objects`.
+    files      reads a local store without new memory for each chunk; None reads through `objects`.
+    quantised  the logical dtype of rows that are stored in codes; None: rows are stored as they are.
     """
 
     def __init__(
@@ -153,10 +125,13 @@ class ShardReader:
         shape: tuple[int, int],
         *,
         files: LocalFiles | None = None,
+        quantised: str | None = None,
     ) -> None:
         self._objects, self._files, self.key, self.chunks = objects, files, key, chunks
-        self._codec, self.shape, self.dtype = codec, shape, codec.dtype
-        self._offset = chunks.offset
+        self._codec, self.shape, self.quantised = codec, shape, quantised
+        self.dtype = codec.dtype if quantised is None else disk_dtype(quantised)
+        """Of the rows that are handed out: bfloat16 is its bits."""
+        self._offset, self._stored = chunks.offset, chunks.stored
 
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows [R, d] of one chunk; DamageError where a byte differs from what was committed.
@@ -166,13 +141,17 @@ class ShardReader:
         """
         return self.decode(layer_i, chunk, self.load(layer_i, chunk), out)
 
+    def read_codes(self, layer_i: int, chunk: int) -> Quantised:
+        """Of a quantised shard, one chunk in codes, with what turns them into rows; good until this thread reads again."""
+        return self.decode_codes(layer_i, chunk, self.load(layer_i, chunk))
+
     def requests(self, wanted: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Which of the chunks `wanted` (layer index, chunk) to fetch together: those that lie side by side."""
         return [request.parts for request in merge_ranges([self._range(*one) for one in wanted])]
 
     def n_bytes(self, layer_i: int, chunk: int) -> int:
-        """Bytes of a chunk without its trailer."""
-        return int(self.chunks.length[layer_i, chunk]) - CRC_BYTES
+        """Bytes of a chunk (and, where it is quantised, of the block behind it) without the last trailer."""
+        return int(self._stored[layer_i, chunk]) - CRC_BYTES
 
     def _range(self, layer_i: int, chunk: int) -> tuple[int, int]:
         return int(self._offset[layer_i, chunk]), self.n_bytes(layer_i, chunk)
@@ -193,69 +172,145 @@ class ShardReader:
         except FileNotFoundError as error:
             raise DamageError(f"{self.key} is committed but missing. {_ASK_VERIFY}") from error
 
-    def _problem(self, layer_i: int, chunk: int, data: Any) -> str | None:
+    def _problem(self, layer_i: int, chunk: int, data: memoryview) -> str | None:
         n_bytes = self.n_bytes(layer_i, chunk)
         if len(data) != n_bytes:
             return f"ends after {len(data)} of {n_bytes} bytes"
-        if crc32c(data) != int(self.chunks.crc[layer_i, chunk]):
-            return "does not match the crc32c in the ledger"
-        return None
+        return chunk_problem(self.chunks, (layer_i, chunk), data)
 
-    def decode(self, layer_i: int, chunk: int, data: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """As `read`, from the chunk's bytes. Wrong ones are read once more: they may have gone wrong on the way here."""
-        problem = self._problem(layer_i, chunk, data)
+    def _checked(self, layer_i: int, chunk: int, data: bytes | memoryview) -> memoryview:
+        """The bytes, once they are right. Wrong ones are read once more: they may have gone wrong on the way here."""
+        found = memoryview(data)
+        problem = self._problem(layer_i, chunk, found)
         if problem:
-            data = self.load(layer_i, chunk, fresh=True)
-            problem = self._problem(layer_i, chunk, data)
+            found = memoryview(self.load(layer_i, chunk, fresh=True))
+            problem = self._problem(layer_i, chunk, found)
         if problem:
             raise chunk_damage(self.key, layer_i, chunk, problem)
+        return found
+
+    def decode(self, layer_i: int, chunk: int, data: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """As `read`, from the chunk's bytes as `fetch` returns them."""
+        if self.quantised is not None:
+            return dequantise(self.decode_codes(layer_i, chunk, data), self.quantised, out)
+        data = self._checked(layer_i, chunk, data)
         if self._codec.name == "none" and len(data) == self._codec.n_bytes:
             view = np.frombuffer(data, self._codec.dtype).reshape(self.shape)
             view.flags.writeable = False
             return view
         rows = np.empty(self.shape, self._codec.dtype) if out is None else out
-        problem = self._codec.decode_into(memoryview(data), rows)
+        problem = self._codec.decode_into(data, rows)
         if problem:
             raise chunk_damage(self.key, layer_i, chunk, f"cannot be decoded: {problem}")
         return rows
 
+    def decode_codes(self, layer_i: int, chunk: int, data: Any) -> Quantised:
+        """As `read_codes`, from the chunk's bytes as `fetch` returns them; views of these."""
+        data = self._checked(layer_i, chunk, data)
+        n_codes = int(self.chunks.length[layer_i, chunk])
+        try:
+            codes = np.frombuffer(data[: n_codes - CRC_BYTES], np.uint8).reshape(self.shape)
+            return parse(codes, data[n_codes:], self.dtype)
+        except ValueError as error:
+            raise chunk_damage(self.key, layer_i, chunk, f"cannot be decoded: {error}") from error
+
     def will_need(self, layer_i: int, chunk: int) -> None:
         """Tell the operating system that a chunk will be read soon; does nothing where there is no way to."""
         if self._files is not None:
-            start, n_bytes = int(self._offset[layer_i, chunk]), int(self.chunks.length[layer_i, chunk])
+            start, n_bytes = int(self._offset[layer_i, chunk]), int(self._stored[layer_i, chunk])
             self._files.will_need(self.key, start, n_bytes)
+
+
+def chunk_problem(chunks: Chunks, at: tuple[int, int], data: memoryview) -> str | None:
+    """What is wrong with the bytes of a chunk (all it stores, with or without the last trailer), or None."""
+    end = int(chunks.length[at])
+    crc = int(chunks.crc[at])
+    if crc32c(data[: end - CRC_BYTES]) != crc:
+        return "does not match the crc32c in the ledger"
+    if len(data) >= end and data[end - CRC_BYTES : end] != trailer(crc):
+        return "has another trailer than its crc32c in the ledger"
+    if chunks.blocks is not None:
+        problem = chunk_problem(chunks.blocks, at, data[end:])
+        return problem and f"has a block of scales that {problem}"
+    return None
 
 
 _ASK_VERIFY = "Run 'actcache verify' on the store to list all damage."
 
+ReadRange = Callable[[int, int], bytes | memoryview]
+
 
 def chunks_on_disk(
-    data: bytes, n_layers: int, chunks_per_shard: int, stored: int, rows_per_chunk: int
+    read: ReadRange,
+    n_bytes: int,
+    *,
+    n_layers: int,
+    chunks_per_shard: int,
+    stored: int,
+    rows_per_chunk: int,
+    quantised_width: int | None = None,
 ) -> Chunks:
     """Read a shard object's own index and check it whole: for adopting one that no ledger record covers yet.
 
-    ValueError says what is wrong. Every chunk is compared with its own trailer.
+    Every chunk is compared with its own trailer, one at a time.
+
+    Args:
+        read: bytes [start, start + n) of the object.
+        n_bytes: its length.
+        n_layers: layers of the capture.
+        chunks_per_shard: chunks a layer may have.
+        stored: rows stored per layer.
+        rows_per_chunk: R.
+        quantised_width: width of rows in codes; None where they are stored as they are.
+
+    Raises:
+        ValueError: says what is wrong.
     """
     n_index = n_layers * chunks_per_shard * 16
-    if len(data) < n_index + CRC_BYTES:
-        raise ValueError(f"{len(data)} bytes cannot hold an index of {n_index}")
-    index_data = data[-n_index - CRC_BYTES : -CRC_BYTES]
-    if crc32c(index_data) != int.from_bytes(data[-CRC_BYTES:], "little"):
+    n_errors = 0 if quantised_width is None else n_layers * quantised_width * 8 + CRC_BYTES
+    end = n_bytes - n_index - CRC_BYTES - n_errors
+    if end < 0:
+        raise ValueError(f"{n_bytes} bytes cannot hold an index of {n_index}")
+    index_data = bytes(read(end + n_errors, n_index + CRC_BYTES))
+    if trailer(crc32c(index_data[:-CRC_BYTES])) != index_data[-CRC_BYTES:]:
         raise ValueError("its index does not match its crc32c")
-    index = np.frombuffer(index_data, "<u8").reshape(n_layers, chunks_per_shard, 2)
+    index = np.frombuffer(index_data, "<u8", n_index // 8).reshape(n_layers, chunks_per_shard, 2)
     n_chunks = n_stored_chunks(stored, rows_per_chunk)
-    length = index[:, :n_chunks, 1].astype(np.uint32)
-    if (index[:, :n_chunks] == _ABSENT).any() or (index[:, n_chunks:] != _ABSENT).any():
+    if (index[:, :n_chunks] == ABSENT).any() or (index[:, n_chunks:] != ABSENT).any():
         raise ValueError(f"its index does not hold exactly {n_chunks} chunks a layer")
-    found = Chunks(length, np.zeros_like(length))
-    if found.index_bytes(chunks_per_shard) != data[-n_index - CRC_BYTES :] or int(
-        length.sum()
-    ) + n_index + 4 != len(data):
+    found = _laid_out(index[:, :n_chunks].astype(np.int64), end, has_blocks=quantised_width is not None)
+    if found.index_bytes(chunks_per_shard) != index_data or int(found.stored.sum()) != end:
         raise ValueError("its chunks do not lie back to back, layer by layer")
     for at, start in np.ndenumerate(found.offset):
-        end = int(start) + int(length[at])
-        crc = crc32c(data[int(start) : end - CRC_BYTES])
-        if crc != int.from_bytes(data[end - CRC_BYTES : end], "little"):
-            raise ValueError(f"chunk {at[1]} of layer index {at[0]} does not match its crc32c")
-        found.crc[at] = crc
-    return found
+        data = memoryview(read(int(start), int(found.stored[at])))
+        for part, body in _parts(found, at, data):
+            crc = crc32c(body[:-CRC_BYTES])
+            if body[-CRC_BYTES:] != trailer(crc):
+                raise ValueError(f"chunk {at[1]} of layer index {at[0]} does not match its crc32c")
+            part.crc[at] = crc
+    if not n_errors:
+        return found
+    errors = memoryview(read(end, n_errors))
+    crc = crc32c(errors[:-CRC_BYTES])
+    if errors[-CRC_BYTES:] != trailer(crc):
+        raise ValueError("its block of errors does not match its crc32c")
+    return replace(found, errors=crc)
+
+
+def _laid_out(index: NDArray[np.int64], end: int, *, has_blocks: bool) -> Chunks:
+    """Chunks from an index [l, c, 2] of offsets and lengths; a block reaches to the next chunk, the last one to `end`."""
+    length = index[..., 1]
+    if not has_blocks:
+        return Chunks(length.astype(np.uint32), np.zeros(length.shape, np.uint32))
+    starts = np.append(index[..., 0].reshape(-1), end)
+    block = (starts[1:] - starts[:-1]).reshape(length.shape) - length
+    if (block <= CRC_BYTES).any():
+        raise ValueError("its chunks have no room for scales between them")
+    zeros = np.zeros(length.shape, np.uint32)
+    return Chunks(length.astype(np.uint32), zeros, Chunks(block.astype(np.uint32), zeros.copy()))
+
+
+def _parts(chunks: Chunks, at: tuple[int, ...], data: memoryview) -> list[tuple[Chunks, memoryview]]:
+    """The chunk and, where there is one, the block behind it, each with its trailer."""
+    end = int(chunks.length[at])
+    return [(chunks, data[:end])] + ([] if chunks.blocks is None else [(chunks.blocks, data[end:])])

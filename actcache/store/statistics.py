@@ -1,29 +1,24 @@
 """Statistics of a shard's kept rows, and their exact merging.
 
-Sums run in float32 over blocks of at most 256 rows, centred on the block's own mean, and are merged in float64 by
-the pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
-variances", 1979). The rounding of a block's mean is corrected by the residual sum, so massive rows do no harm.
-Everything here is a function of the numbers as stored, so whoever adopts a shard finds the same values.
+Sums run in float32 over 32 rows at a time, in blocks of at most 256 rows that are centred on their own mean, and are
+merged in float64 by the pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for
+computing sample variances", 1979). The rounding of a block's mean is corrected by the residual sum, so massive rows
+do no harm. Everything here is a function of the numbers as stored, so whoever adopts a shard finds the same values.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.store.dtypes import scratch
+
 _BLOCK_ROWS = 256
+_SUM_ROWS = 32
 _SAFE = (1e-12, 1e17)
 """Between these the squares of float32 numbers, summed over a block, keep their digits."""
 
 F64 = NDArray[np.float64]
-
-
-def as_float32(rows: NDArray[Any], logical_dtype: str) -> NDArray[np.float32]:
-    """Numbers on disk as float32, exactly; bfloat16 bits are the upper half of a float32."""
-    if logical_dtype == "bfloat16":
-        return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return rows.astype(np.float32, copy=False)
 
 
 def row_norms(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -46,41 +41,50 @@ class Moments(NamedTuple):
     greatest: F64
 
 
+def no_moments(width: int) -> Moments:
+    """Those of no rows: the mean is 0 and the extremes are NaN."""
+    return Moments(0, np.zeros(width), np.zeros(width), np.full(width, np.nan), np.full(width, np.nan))
+
+
 def moments_of(x: NDArray[np.float32]) -> Moments:
-    """Moments of rows [r, d]. With no rows the mean is 0 and the extremes are NaN."""
-    width = x.shape[1]
-    total = Moments(0, np.zeros(width), np.zeros(width), np.full(width, np.nan), np.full(width, np.nan))
+    """Moments of rows [r, d]."""
+    total = no_moments(x.shape[1])
     for start in range(0, len(x), _BLOCK_ROWS):
-        block = x[start : start + _BLOCK_ROWS]
-        centre = block.mean(0, dtype=np.float32)
-        deviation = _squarable(block - centre)
-        residual = deviation.sum(0).astype(np.float64)
-        n = len(block)
-        total = merge(
-            total,
-            Moments(
-                n,
-                centre.astype(np.float64) + residual / n,
-                np.einsum("rd,rd->d", deviation, deviation).astype(np.float64) - residual**2 / n,
-                block.min(0).astype(np.float64),
-                block.max(0).astype(np.float64),
-            ),
-        )
+        total = merge(total, _moments_of_block(x[start : start + _BLOCK_ROWS]))
     return total
 
 
-def _squarable(deviation: NDArray[np.float32]) -> NDArray[np.floating]:
-    """The same numbers, in float64 where some dimension's squares would leave the range of float32."""
-    largest = np.abs(deviation).max(0)
+def _moments_of_block(block: NDArray[np.float32]) -> Moments:
+    n, least, greatest = len(block), block.min(0), block.max(0)
+    centre = (column_sums(block) / n).astype(np.float32)
+    deviation = np.subtract(block, centre, out=scratch("deviation", block.shape))
+    largest = np.maximum(greatest - centre, centre - least)
     is_safe = (largest == 0) | ((largest > _SAFE[0]) & (largest < _SAFE[1]))
-    return deviation if is_safe.all() else deviation.astype(np.float64)
+    if not is_safe.all():
+        deviation = deviation.astype(np.float64)
+    residual = column_sums(deviation)
+    np.multiply(deviation, deviation, out=deviation)
+    return Moments(
+        n,
+        centre.astype(np.float64) + residual / n,
+        column_sums(deviation) - residual**2 / n,
+        least.astype(np.float64),
+        greatest.astype(np.float64),
+    )
+
+
+def column_sums(x: NDArray[np.floating]) -> F64:
+    """Sums of columns [d] in float64, of float32 sums of `_SUM_ROWS` rows at a time."""
+    whole = len(x) // _SUM_ROWS * _SUM_ROWS
+    parts = np.add.reduce(x[:whole].reshape(-1, _SUM_ROWS, x.shape[1]), axis=1)
+    return parts.sum(0, dtype=np.float64) + np.add.reduce(x[whole:], axis=0).astype(np.float64)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of both sets of rows together: M2 = M2a + M2b + delta^2 * na * nb / (na + nb)."""
+    if a.n == 0 or b.n == 0:
+        return b if a.n == 0 else a
     n = a.n + b.n
-    if n == 0:
-        return a
     delta = b.mean - a.mean
     return Moments(
         n,
@@ -91,33 +95,77 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ShardStatistics:
-    """What the side arrays of one shard hold.
+class ChunkStatistics(NamedTuple):
+    """Of the rows of one chunk of one layer.
 
-    norm     [l, rows_per_shard] float32, NaN for padding; excluded rows have theirs.
-    moments  [l, 4, d] float64 over kept rows, named by `arrays.MOMENTS`.
-    totals   [l, 4] float64 over kept rows, named by `arrays.TOTALS`.
+    norm       [r] float32, of every stored row.
+    moments    of the kept rows of finite numbers.
+    ordinary   of those among them that are in codes, where the chunk is quantised.
+    is_finite  [r] bool.
     """
 
     norm: NDArray[np.float32]
-    moments: F64
-    totals: F64
+    moments: Moments
+    ordinary: Moments
+    is_finite: NDArray[np.bool_]
 
 
-def shard_statistics(
-    rows: NDArray[Any], logical_dtype: str, kept: int, rows_per_shard: int
-) -> ShardStatistics:
-    """Statistics of stored rows [l, stored, d], of which the first `kept` are kept."""
-    n_layers, stored, width = rows.shape
-    norm = np.full((n_layers, rows_per_shard), np.nan, np.float32)
-    moments, totals = np.empty((n_layers, 4, width)), np.empty((n_layers, 4))
-    for i in range(n_layers):
-        x = as_float32(rows[i], logical_dtype)
-        norm[i, :stored] = row_norms(x)
-        with np.errstate(over="ignore", invalid="ignore"):
-            m = moments_of(x[:kept])
-        moments[i] = m.mean, m.m2, m.least, m.greatest
-        kept_norm = norm[i, :kept].astype(np.float64)
-        totals[i] = kept, kept_norm.sum(), (kept_norm**2).sum(), kept_norm.max(initial=0.0)
-    return ShardStatistics(norm, moments, totals)
+def chunk_statistics(
+    x: NDArray[np.float32], kept: int, exact_rows: NDArray[np.uint32] | None = None
+) -> ChunkStatistics:
+    """Statistics of stored rows [r, d], of which the first `kept` are kept; exact_rows: those not in codes."""
+    norm = row_norms(x)
+    is_finite = np.isfinite(norm)
+    for row in np.flatnonzero(~is_finite):  # a norm may overflow where no number does
+        is_finite[row] = np.isfinite(x[row]).all()
+    with np.errstate(over="ignore", invalid="ignore"):
+        moments = ordinary = moments_of(_chosen(x[:kept], is_finite[:kept]))
+        if exact_rows is not None and (exact_rows < kept).any():
+            in_codes = is_finite[:kept].copy()
+            in_codes[exact_rows[exact_rows < kept]] = False
+            ordinary = moments_of(_chosen(x[:kept], in_codes))
+    return ChunkStatistics(norm, moments, ordinary, is_finite)
+
+
+def _chosen(x: NDArray[np.float32], which: NDArray[np.bool_]) -> NDArray[np.float32]:
+    return x if which.all() else x[which]
+
+
+class QuantisationError(NamedTuple):
+    """What quantising cost one layer, over the kept rows of some shards.
+
+    FVU, the fraction of variance unexplained, is `sum (x - y)^2 / sum (y - mean y)^2` over rows and dimensions, with x
+    the rows as the model gave them and y as they are read back. A dimension without variance counts as 0.
+
+    n_rows     kept rows.     n_exact  those of them that are stored exactly.
+    fvu        over the others: ordinary rows, whose variance no massive row inflates.
+    worst      the same of the worst dimension.     worst_dimension  which one that is.
+    fvu_kept, worst_kept  over all kept rows.
+    """
+
+    n_rows: int
+    n_exact: int
+    fvu: float
+    worst: float
+    worst_dimension: int
+    fvu_kept: float
+    worst_kept: float
+
+
+def quantisation_error(kept: Moments, ordinary: Moments, squared_errors: F64) -> QuantisationError:
+    """From moments of kept and of ordinary rows and the squared errors [d] of the latter (those of others are 0)."""
+    of_ordinary, of_kept = (
+        np.divide(squared_errors, m.m2, out=np.zeros_like(squared_errors), where=m.m2 > 0)
+        for m in (ordinary, kept)
+    )
+    total = float(squared_errors.sum())
+    worst = int(of_ordinary.argmax())
+    return QuantisationError(
+        n_rows=kept.n,
+        n_exact=kept.n - ordinary.n,
+        fvu=total / float(ordinary.m2.sum()) if total else 0.0,
+        worst=float(of_ordinary[worst]),
+        worst_dimension=worst,
+        fvu_kept=total / float(kept.m2.sum()) if total else 0.0,
+        worst_kept=float(of_kept.max()),
+    )

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from actcache.errors import ActcacheError
-from actcache.store.arrays import PER_SHARD_PLAN_ARRAYS, SIDE_ARRAYS, side_key
-from actcache.store.codec import CRC_BYTES, crc32c
+from actcache.store.arrays import PER_SHARD_PLAN_ARRAYS, ArraySpec, side_arrays, side_key
+from actcache.store.codec import CRC_BYTES, crc32c, trailer
 from actcache.store.objects import Objects
 from actcache.store.open import (
     CaptureCatalog,
@@ -20,7 +18,7 @@ from actcache.store.open import (
     plan_attributes,
 )
 from actcache.store.schema import ShardRecord
-from actcache.store.shard import Chunks
+from actcache.store.shard import Chunks, chunk_problem
 
 
 class Problem(NamedTuple):
@@ -30,9 +28,11 @@ class Problem(NamedTuple):
     what: str
 
 
-def _check_object(objects: Objects, key: str, expected: tuple[int, int]) -> Iterator[Problem]:
+def _check_object(
+    objects: Objects, spec: ArraySpec, key: str, expected: tuple[int, int]
+) -> Iterator[Problem]:
     try:
-        what = object_problem(objects.read(key), expected)
+        what = object_problem(spec, objects.read(key), expected)
     except FileNotFoundError:
         what = "is missing"
     if what:
@@ -58,28 +58,43 @@ def _check_group(objects: Objects, key: str, attributes: dict[str, Any]) -> Iter
 
 
 def _check_rows(capture: CaptureCatalog, shard: int, record: ShardRecord) -> Iterator[Problem]:
-    """Every chunk of a shard object and its index, in one pass over its bytes."""
-    spec = capture.arrays["rows"]
+    """Every byte of a shard object, one layer at a time."""
+    spec, objects = capture.arrays["rows"], capture.objects
     assert spec.inner is not None
-    key = spec.key(0, shard, 0)
-    chunks = Chunks.from_table(record.chunks, len(capture.capture.layers))
+    key, n_layers = spec.key(0, shard, 0), len(capture.capture.layers)
+    chunks = Chunks.from_record(record, n_layers)
     try:
-        data = capture.objects.read(key)
+        n_bytes = objects.size(key)
+        if n_bytes != record.rows_bytes:
+            yield Problem(key, f"holds {n_bytes} bytes where {record.rows_bytes} were committed")
+        for layer_i in range(n_layers):
+            yield from _check_layer(capture, key, chunks, layer_i)
+        index, at = chunks.index_bytes(spec.chunk[1] // spec.inner[1]), int(chunks.stored.sum())
+        rest = bytes(objects.read_range(key, at, record.rows_bytes - at))
     except FileNotFoundError:
         yield Problem(key, "is missing")
         return
-    if len(data) != record.rows_bytes:
-        yield Problem(key, f"holds {len(data)} bytes where {record.rows_bytes} were committed")
-    for at, start in np.ndenumerate(chunks.offset):
-        end = int(start) + int(chunks.length[at])
-        body, trailer = data[int(start) : end - CRC_BYTES], data[end - CRC_BYTES : end]
-        crc = int(chunks.crc[at])
-        if crc32c(body) != crc or trailer != crc.to_bytes(CRC_BYTES, "little"):
-            layer = capture.capture.layers[at[0]]
-            yield Problem(key, f"chunk {at[1]} of layer {layer} does not match the crc32c in the ledger")
-    index = chunks.index_bytes(spec.chunk[1] // spec.inner[1])
-    if data[record.rows_bytes - len(index) : record.rows_bytes] != index:
+    if rest[-len(index) :] != index:
         yield Problem(key, "its index is not the one that was committed")
+    errors = rest[: -len(index)]
+    if chunks.blocks is not None and (
+        crc32c(errors[:-CRC_BYTES]) != chunks.errors or errors[-CRC_BYTES:] != trailer(chunks.errors)
+    ):
+        yield Problem(key, "its block of errors does not match the crc32c in the ledger")
+
+
+def _check_layer(capture: CaptureCatalog, key: str, chunks: Chunks, layer_i: int) -> Iterator[Problem]:
+    offset, stored = chunks.offset[layer_i], chunks.stored[layer_i]
+    if not len(offset):
+        return
+    start = int(offset[0])
+    data = memoryview(capture.objects.read_range(key, start, int(stored.sum())))
+    for chunk, (first, n_bytes) in enumerate(zip(offset - start, stored, strict=True)):
+        body = data[int(first) : int(first + n_bytes)]
+        problem = chunk_problem(chunks, (layer_i, chunk), body)
+        if problem:
+            layer = capture.capture.layers[layer_i]
+            yield Problem(key, f"chunk {chunk} of layer {layer} {problem}")
 
 
 def _check_shard(capture: CaptureCatalog, shard: int) -> list[Problem]:
@@ -89,8 +104,9 @@ def _check_shard(capture: CaptureCatalog, shard: int) -> list[Problem]:
     except ActcacheError as error:
         return [Problem(key, str(error))]
     problems = list(_check_rows(capture, shard, record))
-    for name in SIDE_ARRAYS:
-        problems += _check_object(capture.objects, side_key(capture.arrays[name], shard), record.side[name])
+    for name in side_arrays(capture.capture):
+        spec = capture.arrays[name]
+        problems += _check_object(capture.objects, spec, side_key(spec, shard), record.side[name])
     return problems
 
 
@@ -145,7 +161,7 @@ def find_problems(
         for name in PER_SHARD_PLAN_ARRAYS:
             spec = catalog.arrays[name]
             key = spec.key(shard, *(0,) * (len(spec.shape) - 1))
-            found += _check_object(objects, key, planned[shard].objects[name])
+            found += _check_object(objects, spec, key, planned[shard].objects[name])
         return found
 
     with ThreadPoolExecutor(threads, thread_name_prefix="actcache-verify") as pool:

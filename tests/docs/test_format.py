@@ -19,7 +19,7 @@ from tests.docs.pages import DOCS, ROOT, blocks, sections, tables, unquoted
 PAGE = DOCS / "format.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 SECTIONS = sections(TEXT, 2)
-RECORDS = sections(TEXT, 3)
+RECORDS = sections(SECTIONS["4. Records"], 3)
 EXAMPLE = ROOT / "examples" / "read_without_actcache.py"
 
 
@@ -75,7 +75,14 @@ def test_ledger_has_the_generations_that_the_page_says():
 
 
 @pytest.fixture(
-    params=[("bfloat16", "zstd"), ("bfloat16", "lz4"), ("float16", "none"), ("float32", "zstd")],
+    params=[
+        ("bfloat16", "zstd"),
+        ("bfloat16", "lz4"),
+        ("float16", "none"),
+        ("float32", "zstd"),
+        ("bfloat16", "uint8"),
+        ("float32", "uint8"),
+    ],
     ids=lambda p: "-".join(p),
 )
 def truth(request, tmp_path):
@@ -98,6 +105,7 @@ def names_of(grid: dict, capture: dict) -> dict[str, int]:
     return {
         **grid,
         "n_rows": grid["n_shards"] * grid["rows_per_shard"],
+        "n_chunks": grid["n_shards"] * (grid["rows_per_shard"] // grid["rows_per_chunk"]),
         "n_layers": len(capture["layers"]),
         "width": capture["width"],
     }
@@ -139,7 +147,10 @@ def expected_chain(codec: str, itemsize: int, n_items: int) -> list[dict]:
 def test_every_file_and_every_array_is_what_the_page_says(truth):
     root = truth.root
     grid = attributes(root)["plan"]["grid"]
-    plan_table, capture_table = tables(SECTIONS["5. Arrays"])
+    plan_table, capture_table, quantised_table = tables(SECTIONS["5. Arrays"])
+    is_quantised = attributes(root / "acts/mlp_out")["capture"]["codec"] == "uint8"
+    if is_quantised:
+        capture_table = capture_table + quantised_table
     (dtypes,) = [t for t in tables(SECTIONS["6. Numbers and codecs"]) if "logical dtype" in t[0]]
     dtypes = {row["logical dtype"]: row for row in dtypes}
     files = {"zarr.json", "acts/zarr.json"}
@@ -168,15 +179,20 @@ def test_every_file_and_every_array_is_what_the_page_says(truth):
                 stored = dtypes[capture["dtype"]]
                 dtype, fill = stored["dtype on disk"], stored["fill of `rows`"]
                 assert np.dtype(dtype).itemsize == int(stored["bytes"])
-                assert found["attributes"] == {"actcache": {"dtype": capture["dtype"]}}
+                said = {"dtype": capture["dtype"]}
+                if is_quantised and path == "rows":
+                    dtype, fill = "uint8", "255"
+                    said["codec"] = "uint8"
+                assert found["attributes"] == {"actcache": said}
             assert found["data_type"] == dtype, path
             assert found["fill_value"] == json.loads(fill), path
-            assert found["codecs"] == expected_codecs(row["codecs"], dtype, chunk, names, capture), path
+            codec = {"rows": "none", "exact": "zstd"}.get(path) if is_quantised else capture["codec"]
+            assert found["codecs"] == expected_codecs(row["codecs"], dtype, chunk, names, codec), path
     on_disk = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
     assert on_disk == files
 
 
-def expected_codecs(said: str, dtype: str, chunk: list[int], names: dict, capture: dict) -> list[dict]:
+def expected_codecs(said: str, dtype: str, chunk: list[int], names: dict, codec: str | None) -> list[dict]:
     if said == "strings":
         return [{"name": "vlen-utf8", "configuration": {}}]
     itemsize = np.dtype(dtype).itemsize
@@ -189,7 +205,7 @@ def expected_codecs(said: str, dtype: str, chunk: list[int], names: dict, captur
             "name": "sharding_indexed",
             "configuration": {
                 "chunk_shape": inner,
-                "codecs": expected_chain(capture["codec"], itemsize, int(np.prod(inner))),
+                "codecs": expected_chain(codec, itemsize, int(np.prod(inner))),
                 "index_codecs": [
                     {"name": "bytes", "configuration": {"endian": "little"}},
                     {"name": "crc32c"},
@@ -209,7 +225,11 @@ def test_tree_names_every_folder(truth):
 
 def test_digests_of_documents_and_moments_names(truth):
     plan = attributes(truth.root)["plan"]
-    plan_table, capture_table = tables(SECTIONS["5. Arrays"])
+    plan_table, capture_table, quantised_table = tables(SECTIONS["5. Arrays"])
+    if attributes(truth.root / "acts/mlp_out")["capture"]["codec"] == "uint8":
+        capture_table = capture_table + quantised_table
+        said = ["n_rows", "mean", "sum_squared_deviations", "sum_squared_errors"]
+        assert attributes(truth.root / "acts/mlp_out/error")["error"] == said
     assert set(plan["metadata"]) == {unquoted(row["path"]) for row in plan_table} | {"acts"}
     for path, digest in plan["metadata"].items():
         assert hashlib.sha256((truth.root / path / "zarr.json").read_bytes()).hexdigest() == digest
@@ -225,6 +245,7 @@ def test_digests_of_documents_and_moments_names(truth):
             "norm_sum",
             "norm_sum_squares",
             "norm_max",
+            "n_non_finite",
         ]
 
 

@@ -14,9 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import actcache
-from actcache.errors import CorpusError, DiskFullError, NonFiniteError, PlanMismatchError, UsageError
+from actcache.errors import (
+    CorpusError,
+    DamageError,
+    DiskFullError,
+    NonFiniteError,
+    PlanMismatchError,
+    UsageError,
+)
 from actcache.producer import plan as plan_module
 from actcache.producer.build import Reporter
+from actcache.store import codec as codec_module
 from actcache.store import disk as disk_module
 from actcache.store.arrays import NO_DOCUMENT
 from actcache.store.objects import LocalObjects
@@ -143,13 +151,14 @@ def test_a_finished_store_is_left_as_it_is(kit, make_store, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["store.zarr"]
 
 
-def test_the_store_does_not_depend_on_threads_place_or_time(kit, make_store, tmp_path):
-    root = make_store(tmp_path)
+@pytest.mark.parametrize("codec", ["zstd", "uint8"])
+def test_the_store_does_not_depend_on_threads_place_or_time(kit, make_store, tmp_path, codec):
+    root = make_store(tmp_path, codec=codec)
     other = tmp_path / "elsewhere" / "other name.zarr"
-    kit.build(small_settings(other), encode_threads=3)
+    kit.build(small_settings(other, codec=codec), encode_threads=3)
     assert all_files(other) == all_files(root)
     shutil.move(root, tmp_path / "moved.zarr")
-    assert kit.build(small_settings(tmp_path / "moved.zarr")).was_complete
+    assert kit.build(small_settings(tmp_path / "moved.zarr", codec=codec)).was_complete
 
 
 @pytest.mark.parametrize("lost", [[0], [2], [0, 1, 2]])
@@ -167,24 +176,71 @@ def test_lost_shards_are_built_again(kit, make_store, tmp_path, lost):
     assert all_files(root) == whole
 
 
-def test_rows_without_a_record_are_adopted_without_the_model(kit, make_store, tmp_path):
-    root = make_store(tmp_path)
+SIDES = {
+    "zstd": ["norm/c.0.1", "moments/c.1.0.0.0", "totals/c.1.0.0"],
+    "uint8": ["norm/c.0.1", "scale/c.0.1.0", "offset/c.0.1.0", "exact/c.0.1.0", "error/c.1.0.0.0"],
+}
+
+
+@pytest.mark.parametrize("with_sides", [True, False])
+@pytest.mark.parametrize("codec", ["zstd", "uint8"])
+def test_rows_without_a_record_are_adopted_without_the_model(kit, make_store, tmp_path, codec, with_sides):
+    """Everything else is found again from the object of rows, the error of quantising included."""
+    root = make_store(tmp_path, codec=codec, exclude_first=2)
     whole = all_files(root)
-    (root / "acts/resid_post/ledger/c.0.1").unlink()
-    summary = kit.build(small_settings(root))
+    for name in ["ledger/c.0.1", *([] if with_sides else SIDES[codec])]:
+        (root / "acts/resid_post" / name).unlink()
+    summary = kit.build(small_settings(root, codec=codec, exclude_first=2))
     assert (summary.n_built, summary.n_adopted, summary.n_tokens) == (0, 1, 0)
     assert all_files(root) == whole
 
 
-def test_damaged_rows_without_a_record_are_built_again(kit, make_store, tmp_path):
-    root = make_store(tmp_path)
+def test_exact_rows_left_behind_by_another_version_are_taken_and_wrong_ones_refused(
+    kit, make_store, tmp_path, monkeypatch
+):
+    """The same rows compressed to other bytes describe the codes beside them; other rows, or damage, do not."""
+    chosen = {"codec": "uint8", "exclude_first": 2}
+    root = make_store(tmp_path, **chosen)
+    whole, exact = all_files(root), root / "acts/resid_post/exact"
+    with monkeypatch.context() as patch:
+        patch.setattr(codec_module.Codec, "blosc_settings", _other_settings)
+        kit.build(small_settings(tmp_path / "other.zarr", **chosen))
+    theirs = (tmp_path / "other.zarr/acts/resid_post/exact/c.0.1.0").read_bytes()
+    mine = (exact / "c.0.1.0").read_bytes()
+    assert theirs != mine
+    record = root / "acts/resid_post/ledger/c.0.1"
+    record.unlink()
+    (exact / "c.0.1.0").write_bytes(theirs)
+    assert kit.build(small_settings(root, **chosen)).n_adopted == 1
+    assert find_problems(Catalog(LocalObjects(root)), threads=1) == []
+    for wrong, message in (
+        ((exact / "c.0.2.0").read_bytes(), "does not describe the rows"),
+        (mine[:50] + bytes([mine[50] ^ 1]) + mine[51:], "left behind damaged"),
+        (b"", "left behind damaged"),
+    ):
+        record.unlink(missing_ok=True)
+        (exact / "c.0.1.0").write_bytes(wrong)
+        with pytest.raises(DamageError, match=message):
+            kit.build(small_settings(root, **chosen))
+    (exact / "c.0.1.0").unlink()
+    kit.build(small_settings(root, **chosen))
+    assert all_files(root) == whole
+
+
+def _other_settings(codec):
+    return {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": codec.n_bytes}
+
+
+@pytest.mark.parametrize("codec", ["zstd", "uint8"])
+def test_damaged_rows_without_a_record_are_built_again(kit, make_store, tmp_path, codec):
+    root = make_store(tmp_path, codec=codec)
     whole = all_files(root)
     (root / "acts/resid_post/ledger/c.0.1").unlink()
     rows = root / "acts/resid_post/rows/c.0.1.0"
     data = bytearray(rows.read_bytes())
     data[40] ^= 1
     rows.write_bytes(data)
-    assert kit.build(small_settings(root)).n_built == 1
+    assert kit.build(small_settings(root, codec=codec)).n_built == 1
     assert all_files(root) == whole
 
 
@@ -342,7 +398,7 @@ def full_after(n_calls: int):
         return limited_call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk_module.os, "write", limited(os.write))
+        patch.setattr(disk_module.os, "writev", limited(os.writev))
         patch.setattr(disk_module.os, "link", limited(os.link))
         yield
 

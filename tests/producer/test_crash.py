@@ -52,14 +52,15 @@ class Mortal:
                 return
         raise Died
 
-    def write(self, fd: int, data: memoryview) -> int:
+    def write(self, fd: int, parts: list[memoryview]) -> int:
         if self.is_tearing:
+            data = b"".join(parts)
             os.pwrite(fd, data[: len(data) // 2], os.lseek(fd, 0, os.SEEK_CUR))
             raise Died
-        return _WRITE(fd, data)
+        return _WRITE(fd, parts)
 
 
-_WRITE = os.write
+_WRITE = os.writev
 
 
 class Bench:
@@ -85,7 +86,7 @@ class Bench:
     def build(self, out: Path, mortal: Mortal | None = None):
         with no_sync(), pytest.MonkeyPatch.context() as patch:
             if mortal is not None and mortal.torn:
-                patch.setattr(disk_module.os, "write", mortal.write)
+                patch.setattr(disk_module.os, "writev", mortal.write)
             return self.kit.build(small_settings(out, **SETTINGS), self.decoder, on_operation=mortal)
 
     def fresh(self, *, planned: bool = False) -> Path:

@@ -18,7 +18,7 @@ def store_settings(draw, dtypes=("bfloat16", "float16", "float32"), hooks=(("res
         "layers": tuple(sorted(draw(st.sets(st.integers(0, 6), min_size=1, max_size=3)))),
         "width": draw(st.integers(1, 9)),
         "dtype": draw(st.sampled_from(dtypes)),
-        "codec": draw(st.sampled_from(["zstd", "lz4", "none"])),
+        "codec": draw(st.sampled_from(["zstd", "lz4", "none", "uint8"])),
         "drop": draw(st.sampled_from([0.0, 0.3, 0.9])),
         "n_padding": draw(st.integers(0, seq_len - 1)),
         "hooks": draw(st.sampled_from(hooks)),

@@ -30,7 +30,7 @@ def test_of_many_that_create_at_once_one_does(tmp_path):
     def create(i):
         with Disk(tmp_path) as disk:
             barrier.wait()
-            if disk.create("a", [bytes([i]) * 1000, b"!"]):
+            if disk.create("a", [[bytes([i]) * 1000], [b"", b"!"]]):
                 won.append(i)
 
     threads = [threading.Thread(target=create, args=(i,)) for i in range(8)]
@@ -45,7 +45,7 @@ def test_of_many_that_create_at_once_one_does(tmp_path):
 
 def test_an_object_whose_maker_fails_does_not_appear(tmp_path):
     def parts():
-        yield b"half"
+        yield [b"half"]
         raise RuntimeError("the encoder broke")
 
     with Disk(tmp_path) as disk:
@@ -156,14 +156,14 @@ def test_publishing_takes_no_name_that_is_taken(tmp_path):
     assert [p.name for p in (tmp_path / "free").iterdir()] == ["a"]
 
 
-CALLS = {"open": "open", "write": "write", "fsync": "fsync", "link": "link"}
+CALLS = {"open": "open", "write": "writev", "fsync": "fsync", "link": "link"}
 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_no_room_is_explained_wherever_it_happens(tmp_path, monkeypatch, call, code):
     with Disk(tmp_path) as disk:
-        real = getattr(os, call)
+        real = getattr(os, CALLS[call])
         begun = []
 
         def full(*args, **kwargs):
@@ -171,7 +171,7 @@ def test_no_room_is_explained_wherever_it_happens(tmp_path, monkeypatch, call, c
                 raise OSError(code, "full")
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(disk_module.os, call, full)
+        monkeypatch.setattr(disk_module.os, CALLS[call], full)
         begun.append(1)
         with pytest.raises(DiskFullError, match="nothing committed is lost"):
             disk.create("a", b"x" * 100)
@@ -206,18 +206,22 @@ def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
     def broken(*args):
         raise OSError(errno.EIO, "the disk is dying")
 
-    monkeypatch.setattr(disk_module.os, "write", broken)
+    monkeypatch.setattr(disk_module.os, "writev", broken)
     with Disk(tmp_path) as disk, pytest.raises(OSError, match="dying") as raised:
         disk.create("a", b"x")
     assert type(raised.value) is OSError
 
 
 def test_a_write_that_takes_only_part_goes_on(tmp_path, monkeypatch):
-    write = os.write
-    monkeypatch.setattr(disk_module.os, "write", lambda fd, data: write(fd, data[:3]))
+    def some(fd, parts):
+        """Three bytes at a time, which may be the end of one part and the beginning of the next."""
+        return os.write(fd, b"".join(parts)[:3])
+
+    monkeypatch.setattr(disk_module.os, "writev", some)
+    whole = bytes(range(100))
     with Disk(tmp_path) as disk:
-        disk.create("a", bytes(range(100)))
-    assert (tmp_path / "a").read_bytes() == bytes(range(100))
+        disk.create("a", [[whole[:1], whole[1:2], b"", whole[2:40]], [], [whole[40:]]])
+    assert (tmp_path / "a").read_bytes() == whole
 
 
 def _hold(folder, ready, leave):

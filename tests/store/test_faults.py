@@ -70,6 +70,18 @@ def _stats(truth: Truth) -> None:
         np.testing.assert_allclose(found.norm_mean, np.linalg.norm(kept, axis=1).mean(), rtol=1e-5)
 
 
+def _errors(truth: Truth) -> None:
+    """Of quantising; rows that are stored as they are have none."""
+    store = actcache.open(truth.root)
+    if not (truth.root / HOOK / "error").exists():
+        with pytest.raises(UsageError, match="there is no error"):
+            store.quantisation_error()
+        return
+    for found in store.quantisation_error(split=None).values():
+        assert found.n_rows == truth.keep.sum()
+        assert 0 < found.fvu <= found.worst < 1e-4
+
+
 def _plan_array(name: str) -> Callable[[Truth], None]:
     def read(truth: Truth) -> None:
         assert np.array_equal(getattr(actcache.open(truth.root), name), getattr(truth, name))
@@ -84,6 +96,7 @@ OPERATIONS = {
     "outliers": _stream_without_outliers,
     "provenance": _stream_with_provenance,
     "stats": _stats,
+    "errors": _errors,
     "tokens": _plan_array("tokens"),
     "document": _plan_array("document"),
     "keep": _plan_array("keep"),
@@ -106,9 +119,9 @@ DEPENDENTS = {
     "keep/c.1.0": {"keep"},  # rows lie kept first, and how many is in the shard table
     "row_sequence/c.1": {"read", "provenance"},
     "row_position/c.1": {"read", "provenance"},
-    "shards/c.0": EVERYTHING - {"open", "stats"},
+    "shards/c.0": EVERYTHING - {"open", "stats", "errors"},
     "zarr.json": EVERYTHING,
-    f"{HOOK}/zarr.json": {"read", "stats", *STREAMS},
+    f"{HOOK}/zarr.json": {"read", "stats", "errors", *STREAMS},
     "acts/zarr.json": set(),  # this and all below describe arrays to other readers
     **{
         f"{name}/zarr.json": set()
@@ -119,12 +132,24 @@ DEPENDENTS = {
     },
 }
 
+QUANTISED = {
+    f"{HOOK}/rows/c.0.1.0": {"read", *STREAMS},
+    f"{HOOK}/moments/c.1.0.0.0": {"stats", "errors"},
+    f"{HOOK}/totals/c.1.0.0": {"stats", "errors"},
+    f"{HOOK}/ledger/c.0.1": {"read", "stats", "errors", *STREAMS},
+    f"{HOOK}/scale/c.0.1.0": set(),  # what lies beside the codes counts here; these are for other readers
+    f"{HOOK}/offset/c.0.1.0": set(),
+    f"{HOOK}/exact/c.0.1.0": set(),
+    f"{HOOK}/error/c.1.0.0.0": {"errors"},
+    **{f"{HOOK}/{name}/zarr.json": set() for name in ("scale", "offset", "exact", "error")},
+}
+
 # How each is damaged. `other` is the same object of the next shard, or, where there is none, of another kind.
 
 
 def _flip(path: Path, other: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 0xFF
+    data[len(data) // 20] ^= 0xFF
     path.write_bytes(data)
 
 
@@ -167,11 +192,12 @@ def _other(key: str) -> str:
     return f"{folder}/{'.'.join([*digits[:shard_at], '2', *digits[shard_at + 1 :]])}"
 
 
-@pytest.fixture(scope="module", params=["zstd", "none"])
+@pytest.fixture(scope="module", params=["zstd", "none", "uint8"])
 def truth(request, tmp_path_factory):
     """Three shards whose objects are of equal length where nothing compresses; the first is held out."""
     root = tmp_path_factory.mktemp("faults") / "s.zarr"
-    return write_store(root, codec=request.param, rows_per_chunk=8)
+    drop = 0.5 if request.param == "uint8" else 0.2  # chunks without a kept row are stored exactly
+    return write_store(root, codec=request.param, rows_per_chunk=8, drop=drop)
 
 
 @contextmanager
@@ -200,9 +226,9 @@ def test_a_whole_store_has_no_problem_and_the_table_is_complete(truth):
     for operation in OPERATIONS.values():
         operation(truth)
     kinds = {p.relative_to(truth.root).parent.as_posix() for p in truth.root.rglob("*") if p.is_file()}
-    assert {key.rpartition("/")[0] or "." for key in DEPENDENTS} == kinds
+    assert {key.rpartition("/")[0] or "." for key in _table(truth)} == kinds
     for p in truth.root.rglob("zarr.json"):
-        assert p.relative_to(truth.root).as_posix() in DEPENDENTS
+        assert p.relative_to(truth.root).as_posix() in _table(truth)
 
 
 CASES = [
@@ -211,7 +237,7 @@ CASES = [
     for key in DEPENDENTS
     for fault in FAULTS
     if codec == "zstd" or not key.endswith("zarr.json")
-]
+] + [("uint8", key, fault) for key in QUANTISED for fault in FAULTS]
 
 
 @pytest.mark.parametrize(("truth", "key", "fault"), CASES, indirect=["truth"])
@@ -221,8 +247,9 @@ def test_damage_is_named_and_never_handed_out(truth, key, fault):
         named = problems_of(truth.root)
         what = key.removesuffix("/c.0") if key.startswith("shards") else key
         assert any(what in text for text in named), named
+        dependents = _dependents(_table(truth), key, fault)
         for name, operation in OPERATIONS.items():
-            if name in _dependents(key, fault):
+            if name in dependents:
                 with pytest.raises(_expected_error(key, fault)):
                     operation(truth)
             elif name in ENOUGH or not key.endswith("zarr.json"):
@@ -230,9 +257,13 @@ def test_damage_is_named_and_never_handed_out(truth, key, fault):
     assert problems_of(truth.root) == []
 
 
-def _dependents(key: str, fault: str) -> set[str]:
+def _table(truth: Truth) -> dict[str, set[str]]:
+    return DEPENDENTS | (QUANTISED if (truth.root / HOOK / "error").exists() else {})
+
+
+def _dependents(of: dict[str, set[str]], key: str, fault: str) -> set[str]:
     """A swap damages two objects, of two kinds where there is no second of the first."""
-    return DEPENDENTS[key] | (DEPENDENTS.get(_other(key), set()) if fault == "swap" else set())
+    return of[key] | (of.get(_other(key), set()) if fault == "swap" else set())
 
 
 def _expected_error(key: str, fault: str) -> type[Exception] | tuple[type[Exception], ...]:

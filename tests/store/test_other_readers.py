@@ -12,7 +12,8 @@ import zarr
 from hypothesis import given, settings
 
 from actcache.store.arrays import MOMENTS, NO_DOCUMENT, TOTALS
-from tests.conftest import Truth, as_bits, write_store
+from actcache.store.dtypes import as_float32
+from tests.conftest import Truth, as_bits, dequantised_by_zarr, write_store
 from tests.store.strategies import store_settings
 
 HOLE = {"bfloat16": 0x7FC1, "float16": np.float16(np.nan), "float32": np.float32(np.nan)}
@@ -46,6 +47,8 @@ def check_capture(truth: Truth, hook: str) -> None:
     assert np.array_equal(stored, np.flatnonzero(t != NO_DOCUMENT))
     assert both(truth.root, f"{path}/layer").tolist() == list(truth.layers)
     rows = both(truth.root, f"{path}/rows")
+    if rows.dtype == np.uint8:
+        rows = check_codes(truth, hook, stored)
     acts = truth.acts[hook]
     expected = np.full_like(rows, HOLE[truth.dtype])
     expected[:, stored] = acts[:, q[stored], t[stored]]
@@ -61,6 +64,47 @@ def check_capture(truth: Truth, hook: str) -> None:
         sequences = grid.sequences_of(shard)
         kept = truth.floats(hook)[:, sequences.start : sequences.stop][:, truth.keep[sequences]]
         check_moments(kept, moments[shard], totals[shard])
+
+
+def check_codes(truth: Truth, hook: str, stored: np.ndarray) -> np.ndarray:
+    """The arrays beside the codes; returns the rows in the dtype on disk, which `truth` holds by the same rule."""
+    path = f"acts/{hook}"
+    codes, exact = both(truth.root, f"{path}/rows"), both(truth.root, f"{path}/exact")
+    scale, offset = both(truth.root, f"{path}/scale"), both(truth.root, f"{path}/offset")
+    error = both(truth.root, f"{path}/error")
+    is_exact = (codes == 255).all(2)
+    assert np.array_equal(is_exact, (codes == 255).any(2)), "a row is in codes or exact, whole"
+    assert np.delete(is_exact, stored, 1).all()
+    hole = np.full_like(exact, HOLE[truth.dtype])
+    assert as_bits(exact)[~is_exact].tobytes() == as_bits(hole)[~is_exact].tobytes()
+    rows = dequantised_by_zarr(truth.root / path)
+    q, t = (
+        np.asarray(zarr.open_array(truth.root / "row_sequence")),
+        zarr.open_array(truth.root / "row_position"),
+    )
+    q, t = q[stored], np.asarray(t)[stored]
+    given, said = truth.given[hook][:, q, t], rows[:, stored]
+    assert as_bits(given)[is_exact[:, stored]].tobytes() == as_bits(said)[is_exact[:, stored]].tobytes()
+    n_chunks = -(-int(stored.max(initial=-1) + 1) // truth.grid.rows_per_chunk)
+    assert np.isfinite(scale[:, :n_chunks]).any() or not len(stored)
+    assert np.isnan(scale[:, n_chunks:]).all()
+    assert np.isnan(offset[:, n_chunks:]).all()
+    for shard in range(truth.grid.n_shards):
+        at = (stored // truth.grid.rows_per_shard == shard) & truth.keep[q, t]
+        for layer_i in range(len(truth.layers)):
+            ordinary = at & ~is_exact[layer_i, stored]
+            x, y = (_float64(a[layer_i, ordinary], truth.dtype) for a in (given, said))
+            n, mean, deviations, errors = error[shard, layer_i]
+            assert (n == ordinary.sum()).all()
+            if len(x):
+                assert (np.abs(mean - y.mean(0)) <= 1e-6 * (np.abs(y.mean(0)) + y.std(0))).all()
+                np.testing.assert_allclose(deviations, ((y - y.mean(0)) ** 2).sum(0), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(errors, ((x - y) ** 2).sum(0), rtol=1e-5, atol=1e-30)
+    return rows
+
+
+def _float64(rows: np.ndarray, dtype: str) -> np.ndarray:
+    return as_float32(rows, dtype).astype(np.float64)
 
 
 def check_moments(kept: np.ndarray, moments: np.ndarray, totals: np.ndarray) -> None:
@@ -79,7 +123,8 @@ def check_moments(kept: np.ndarray, moments: np.ndarray, totals: np.ndarray) -> 
     assert np.array_equal(named["max"], kept.max(1))
     norms = np.linalg.norm(kept, axis=2)
     expected = np.stack([norms.sum(1), (norms**2).sum(1), norms.max(1)], 1)
-    np.testing.assert_allclose(totals[:, 1:], expected, rtol=1e-6)
+    np.testing.assert_allclose(totals[:, 1:4], expected, rtol=1e-6)
+    assert (totals[:, TOTALS.index("n_non_finite")] == 0).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -92,7 +137,7 @@ def test_every_array_is_what_was_written(chosen):
             check_capture(truth, hook)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "lz4", "none"])
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "none", "uint8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_codec_and_dtype(tmp_path, codec, dtype):
     truth = write_store(
@@ -101,7 +146,7 @@ def test_every_codec_and_dtype(tmp_path, codec, dtype):
     check_plan(truth)
     check_capture(truth, "resid_post")
     names = [c["name"] for c in _codecs(truth.root / "acts/resid_post/rows")]
-    assert names == (["bytes", "crc32c"] if codec == "none" else ["bytes", "blosc", "crc32c"])
+    assert names == (["bytes", "crc32c"] if codec in ("none", "uint8") else ["bytes", "blosc", "crc32c"])
 
 
 def _codecs(array: Path) -> list[dict]:

@@ -31,12 +31,12 @@ from actcache.producer.plan import SizeForecast, choose_grid, forecast
 from actcache.store.arrays import disk_dtype
 from actcache.store.create import CaptureRequest, create_plan, staging, sweep_staged
 from actcache.store.disk import Disk
+from actcache.store.dtypes import as_float32
 from actcache.store.ledger import ShardCommitter
 from actcache.store.mixing import Mixed, mix
 from actcache.store.objects import LocalObjects
 from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.schema import Grid, Request, ShardRecord
-from actcache.store.statistics import as_float32
 from actcache.version import __version__
 
 READ_BYTES = 16 << 20
