@@ -12,9 +12,20 @@ from torch import Tensor
 
 from actcache.reader.layout import Source
 from actcache.reader.scatter import aligned_empty, scatter
+from actcache.store.quantise import Quantised
 
-RowsOf = Callable[[int, NDArray[Any] | None], NDArray[Any]]
-"""(number in the job, buffer [R, d]) -> the rows of that chunk: in the buffer where they had to be decoded."""
+
+class Decoded(Protocol):
+    """The chunks of a job by their number in it, each to be asked for once, in order, and used before the next."""
+
+    def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
+        """Rows [r, d]: in `out` where they had to be decoded."""
+        ...
+
+    def codes_of(self, number: int) -> Quantised:
+        """Of a quantised capture, the chunk in codes."""
+        ...
+
 
 MOST_WINDOWS = 3
 FEWEST_WINDOWS = 2
@@ -41,7 +52,7 @@ class Window(Protocol):
 
     tensors: list[Tensor]
 
-    def land(self, job: Sequence[Source], rows_of: RowsOf) -> None:
+    def land(self, job: Sequence[Source], decoded: Decoded) -> None:
         """Bring the rows of some chunks to their slots; called by several threads."""
         ...
 
@@ -121,13 +132,13 @@ class HostWindow:
         self._views: list[NDArray[Any]] | None = views
         self._head = head
 
-    def land(self, job: Sequence[Source], rows_of: RowsOf) -> None:
+    def land(self, job: Sequence[Source], decoded: Decoded) -> None:
         """Scatter each chunk as it is decoded: its rows are still in the processor's cache."""
         views, scratch = self._views, None
         if views is None:
             return
         for i, source in enumerate(job):
-            rows = rows_of(i, scratch)
+            rows = decoded.rows_of(i, scratch)
             lane, target = source.lane, views[source.lane.buffer][self._head :]
             if rows.shape[1] != target.shape[1]:
                 target = target[:, lane.column : lane.column + rows.shape[1]]

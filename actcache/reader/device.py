@@ -1,19 +1,15 @@
-"""Windows and batches on a GPU: copies run beside the consumer's work, in a queue of their own.
+"""Windows in the memory of a GPU: chunks cross the bus as they were decoded, and are scattered there.
 
-    chunk --decode--> pinned staging --copy--> device --index_copy--> window on the device --slice--> batch
-    chunk --scatter--> pinned window --slice, copy--> batch                       (where windows find no room there)
+    chunk --decode, or codes as they are--> pinned piece --copy--> (values of codes) --index_copy--> window --slice--> batch
 
-Everything a device does goes through `Side`: a queue of work beside the consumer's own. A `Mark` in that queue says when
-what was put before it is done. Host memory is used again only behind its mark; the consumer's work waits for the mark of
-a batch on the device itself, so no thread of the host waits for a copy to hand a batch out.
+Quantised chunks cross in codes, half the bytes; what they stand for is worked out on the device, to the same bits.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,240 +17,119 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from actcache.errors import UnreachableError, UsageError
-from actcache.reader.buffers import RowsOf, Shape
+from actcache.reader.buffers import Decoded, Shape
 from actcache.reader.layout import Source
+from actcache.reader.side import Mark, Side, wait_for
 
-BATCHES_AHEAD = 1
-"""Batches whose copies are started before they are asked for."""
-_PATIENCE_S = 120.0
-_POLL_S = 0.0001
+_ALIGNMENT = 8
 _BITS = {2: torch.int16, 4: torch.int32}
+_TORCH = {"|u1": torch.uint8, "<i8": torch.int64, "<f4": torch.float32}
+_LOGICAL = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+RowsOn = Callable[[Tensor], Tensor]
+"""What was copied [bytes] -> the rows of its chunks [k * r, d], as bits of their dtype."""
 
 
-class Mark(Protocol):
-    """A place in a queue of work."""
+class Chunk(NamedTuple):
+    """Of the largest chunks of a stream, decoded: rows, numbers in a row, bytes of a number; whether some are quantised."""
 
-    def is_past(self) -> bool:
-        """Whether everything before it is done. Does not wait."""
-        ...
+    n_rows: int
+    width: int
+    itemsize: int
+    is_quantised: bool
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its rows."""
+        return self.n_rows * self.width * self.itemsize
 
-class Side(Protocol):
-    """A queue of work on a device, beside the one the consumer uses. `submit` may be called by any thread."""
+    @property
+    def packed_bytes(self) -> int:
+        """The most it takes in a piece: rows, slots and which rows; where quantised, codes and scales, all rows exact."""
+        codes = self.n_rows * (self.width + 8) + 8 * self.width if self.is_quantised else 0
+        return self.n_bytes + 16 * self.n_rows + codes + 6 * _ALIGNMENT
 
-    device: torch.device
-    n_bytes: int
-    """Memory of the device."""
-
-    def pinned(self, n_bytes: int) -> Tensor:
-        """Host memory [n_bytes] uint8 that the device copies from without help."""
-        ...
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the device, for use in `submit`."""
-        ...
-
-    def submit(self, work: Callable[[], None]) -> Mark:
-        """Queue what `work` does to tensors; the mark is behind it."""
-        ...
-
-    def hand_over(self, mark: Mark, tensors: Sequence[Tensor]) -> None:
-        """What the consumer queues from now on is done after `mark`; its use of `tensors` is known to their owner."""
-        ...
-
-    def consumer_mark(self) -> Mark:
-        """A mark behind what the consumer has queued so far."""
-        ...
+    @property
+    def device_bytes(self) -> int:
+        """What it takes on the device on its way to its place, beside the piece."""
+        return (
+            self.n_bytes * (2 if self.is_quantised else 1) + 4 * self.n_rows * self.width * self.is_quantised
+        )
 
 
-class CudaSide:
-    """A CUDA stream of its own. See `Side`.
+class _Section(NamedTuple):
+    """Part of a piece."""
 
-    Its work is short, so it goes before the kernels of the consumer that have not begun.
+    start: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def on(self, there: Tensor) -> Tensor:
+        """The same part of the piece's copy: integers of its size where PyTorch has no such dtype, or few operations."""
+        stop = self.start + int(np.prod(self.shape)) * self.dtype.itemsize
+        dtype = _TORCH.get(self.dtype.str) or _BITS[self.dtype.itemsize]
+        return there[self.start : stop].view(dtype).view(self.shape)
+
+
+class _Piece:
+    """Pinned memory that is packed from its front and crosses in one copy.
+
+    mark  what must be past before it is used again.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", index)
-        self.n_bytes = int(torch.cuda.get_device_properties(self.device).total_memory)
-        self._stream = torch.cuda.Stream(self.device, priority=-1)
+    def __init__(self, memory: Tensor) -> None:
+        self._memory, self._numpy = memory, memory.numpy()
+        self._used = 0
+        self.mark: Mark | None = None
 
-    def pinned(self, n_bytes: int) -> Tensor:
-        """Page-locked memory."""
-        with torch.cuda.device(self.device):
-            return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+    def clear(self) -> None:
+        """Begin again at the front."""
+        self._used = 0
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory that belongs to the stream: freed, it is used again in the order of the stream's work."""
-        with torch.cuda.stream(self._stream):
-            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+    def room(self, shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], _Section]:
+        """The next part, to be filled."""
+        kind = np.dtype(dtype)
+        section = _Section(-(-self._used // _ALIGNMENT) * _ALIGNMENT, shape, kind)
+        self._used = section.start + int(np.prod(shape)) * kind.itemsize
+        return self._numpy[section.start : self._used].view(kind).reshape(shape), section
 
-    def submit(self, work: Callable[[], None]) -> "CudaMark":
-        """Run `work` with the stream as the current one."""
-        with torch.cuda.stream(self._stream):
-            work()
-            return CudaMark(self._stream)
+    def pack(self, values: NDArray[Any]) -> _Section:
+        """The next part, a copy of `values`."""
+        room, section = self.room(values.shape, values.dtype)
+        room[...] = values
+        return section
 
-    def hand_over(self, mark: Mark, tensors: Sequence[Tensor]) -> None:
-        """The consumer's current stream waits for the mark; freed, the tensors' memory waits for that stream."""
-        assert isinstance(mark, CudaMark)
-        consumer = torch.cuda.current_stream(self.device)
-        consumer.wait_event(mark.event)
-        for tensor in tensors:
-            tensor.record_stream(consumer)
-
-    def consumer_mark(self) -> "CudaMark":
-        """On the consumer's current stream."""
-        return CudaMark(torch.cuda.current_stream(self.device))
-
-
-class CudaMark:
-    """An event, recorded now."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.event = torch.cuda.Event()
-        self.event.record(stream)
-
-    def is_past(self) -> bool:
-        """Whether the event was reached."""
-        return self.event.query()
-
-
-def open_side(device: str) -> Side | None:
-    """The side queue of a CUDA device; None where there is none to have (a CPU, another kind of device)."""
-    chosen = torch.device(device)
-    if chosen.type != "cuda":
-        return None
-    if not torch.cuda.is_available():
-        raise UsageError(f"device={device!r}: this PyTorch sees no CUDA device; use device='cpu'")
-    return CudaSide(chosen)
-
-
-def wait_for(mark: Mark, what: str) -> None:
-    """Wait on the host until a mark is past.
-
-    Raises:
-        UnreachableError: the device has not come so far within two minutes.
-    """
-    deadline = time.perf_counter() + _PATIENCE_S
-    while not mark.is_past():
-        if time.perf_counter() > deadline:
-            raise UnreachableError(
-                f"the device has not finished {what} within {_PATIENCE_S:.0f} s. Is another process keeping it busy, or "
-                f"has it failed (nvidia-smi)?"
-            )
-        time.sleep(_POLL_S)
-
-
-class Parcel(NamedTuple):
-    """Tensors of one batch on their way: good for work queued after `mark`."""
-
-    tensors: list[Tensor]
-    mark: Mark
-
-
-class Courier:
-    """Takes batches to a device. One thread's, the consumer's.
-
-    What is copied from is kept until its copy is done, and so is not used again before.
-
-    rows_are_there  windows live on the device: their rows need no copy, unless another dtype is asked for.
-    """
-
-    def __init__(self, side: Side, *, rows_are_there: bool) -> None:
-        self.side, self.rows_are_there = side, rows_are_there
-        self._moving: deque[tuple[Mark, list[Tensor]]] = deque()
-
-    def send(
-        self, rows: Sequence[Tensor], dtypes: Sequence[torch.dtype], numbers: NDArray[np.int64]
-    ) -> Parcel:
-        """Start taking rows, in the given dtypes, and integers that go with them, which come last in the parcel."""
-        steps: list[tuple[Tensor, Tensor]] = []
-        arriving: list[Tensor] = []
-        for tensor, dtype in zip(rows, dtypes, strict=True):
-            there = tensor if self.rows_are_there else self._sent(tensor, steps)
-            if dtype != there.dtype:  # on the device: the host would be slower
-                converted = self.side.empty(there.shape, dtype)
-                steps.append((converted, there))
-                there = converted
-            arriving.append(there)
-        staged = self.side.pinned(numbers.nbytes).view(torch.int64).view(numbers.shape)
-        staged.numpy()[...] = numbers
-        arriving.append(self._sent(staged, steps))
-
-        def work() -> None:
-            for to, source in steps:
-                to.copy_(source, non_blocking=True)
-
-        mark = self.side.submit(work)
-        self._moving.append((mark, [*rows, staged]))
-        self.settle()
-        return Parcel(arriving, mark)
-
-    def _sent(self, tensor: Tensor, steps: list[tuple[Tensor, Tensor]]) -> Tensor:
-        there = self.side.empty(tensor.shape, tensor.dtype)
-        steps.append((there, tensor))
-        return there
-
-    def hand_over(self, parcel: Parcel) -> list[Tensor]:
-        """The tensors, for what the consumer does from now on."""
-        self.side.hand_over(parcel.mark, parcel.tensors)
-        return parcel.tensors
-
-    def settle(self, *, wait: bool = False) -> None:
-        """Let go of what has arrived; with `wait`, of everything."""
-        while self._moving and (wait or self._moving[0][0].is_past()):
-            if wait:
-                wait_for(self._moving[0][0], "copying a batch")
-            self._moving.popleft()
-
-
-@dataclass(slots=True)
-class _Staged:
-    """Pinned memory that one thread decodes chunks into.
-
-    rows  bytes.  numbers  [2 n] int64, slots and rows chosen.  mark  what must be past before it is used again.
-    """
-
-    rows: Tensor
-    numbers: Tensor
-    mark: Mark | None = None
+    @property
+    def packed(self) -> Tensor:
+        """[n] uint8, all parts."""
+        return self._memory[: self._used]
 
 
 class Staging:
-    """Two pieces of pinned memory for each thread: one is filled while the other is copied.
+    """Two pieces of pinned memory for each thread, of `n_chunks` chunks: one is filled while the other is copied."""
 
-    chunk_bytes, rows_per_chunk  of one decoded chunk.  n_chunks  in one piece.
-    """
-
-    def __init__(self, side: Side, chunk_bytes: int, rows_per_chunk: int, n_chunks: int) -> None:
+    def __init__(self, side: Side, chunk: Chunk, n_chunks: int) -> None:
         self._side, self.n_chunks = side, n_chunks
-        self._n_bytes, self._n_rows = chunk_bytes * n_chunks, rows_per_chunk * n_chunks
+        self._piece_bytes = n_chunks * chunk.packed_bytes
+        self.host_bytes_per_thread = 2 * self._piece_bytes
+        self.device_bytes_per_thread = self._piece_bytes + n_chunks * chunk.device_bytes
         self._local = threading.local()
 
-    @staticmethod
-    def bytes_for(chunk_bytes: int, rows_per_chunk: int, n_chunks: int) -> int:
-        """Pinned bytes of one thread; while they are copied, as many on the device."""
-        return 2 * n_chunks * (chunk_bytes + 16 * rows_per_chunk)
-
-    def take(self) -> _Staged:
-        """This thread's piece that was used less recently, once its copy is done."""
-        own: deque[_Staged] | None = getattr(self._local, "own", None)
+    def take(self) -> _Piece:
+        """This thread's piece that was used less recently, empty, once its copy is done."""
+        own: deque[_Piece] | None = getattr(self._local, "own", None)
         if own is None:
-            own = self._local.own = deque(self._make() for _ in range(2))
+            own = self._local.own = deque(_Piece(self._side.pinned(self._piece_bytes)) for _ in range(2))
         own.rotate()
-        if own[0].mark is not None:
-            wait_for(own[0].mark, "copying chunks")
-        return own[0]
-
-    def _make(self) -> _Staged:
-        numbers = self._side.pinned(16 * self._n_rows).view(torch.int64)
-        return _Staged(self._side.pinned(self._n_bytes), numbers)
+        piece = own[0]
+        if piece.mark is not None:
+            wait_for(piece.mark, "copying chunks")
+        piece.clear()
+        return piece
 
 
 class DeviceWindow:
-    """A `Window` on a device: decoded chunks cross the bus in their own order, and are scattered there.
+    """A `Window` on a device.
 
     tensors  per hook, [head + n, columns], the bits of the numbers.
     """
@@ -263,40 +138,32 @@ class DeviceWindow:
         self.tensors = tensors
         self._side, self._staging, self._head = side, staging, head
 
-    def land(self, job: Sequence[Source], rows_of: RowsOf) -> None:
-        """Decode into pinned memory, as many chunks as it holds, and queue their copy and their scattering."""
+    def land(self, job: Sequence[Source], decoded: Decoded) -> None:
+        """Pack as many chunks as a piece holds, and queue its copy and what happens to it there."""
         for start in range(0, len(job), self._staging.n_chunks):
-            self._land(job[start : start + self._staging.n_chunks], start, rows_of)
+            self._land(job[start : start + self._staging.n_chunks], start, decoded)
 
-    def _land(self, job: Sequence[Source], start: int, rows_of: RowsOf) -> None:
-        staged = self._staging.take()
-        (rows_per_chunk, width), dtype = job[0].reader.shape, job[0].reader.dtype
-        n_rows, row_bytes = len(job) * rows_per_chunk, width * dtype.itemsize
-        rows = staged.rows[: n_rows * row_bytes]
-        decoded = rows.numpy().view(dtype).reshape(len(job), rows_per_chunk, width)
-        chosen: list[NDArray[np.int64]] = []
-        for i, source in enumerate(job):
-            found = rows_of(start + i, decoded[i])
-            if found.ctypes.data != decoded[i].ctypes.data:
-                decoded[i] = found
-            own = np.arange(len(source.slots)) if source.chosen is None else source.chosen
-            chosen.append(i * rows_per_chunk + own)
-        n = sum(len(own) for own in chosen)
-        numbers = staged.numbers[: 2 * n].view(2, n)
-        numbers.numpy()[:] = np.concatenate([source.slots for source in job]), np.concatenate(chosen)
-        lane, device = job[0].lane, self._side.device
-        unit = torch.int64 if row_bytes % 8 == 0 else _BITS[dtype.itemsize]  # few large moves
-        first = lane.column * dtype.itemsize // unit.itemsize
-        target = self.tensors[lane.buffer].view(unit)[
-            self._head :, first : first + row_bytes // unit.itemsize
-        ]
+    def _land(self, job: Sequence[Source], start: int, decoded: Decoded) -> None:
+        piece, reader, lane = self._staging.take(), job[0].reader, job[0].lane
+        rows_on = (_pack_rows if reader.quantised is None else _pack_codes)(piece, job, start, decoded)
+        r, n_rows = reader.shape[0], len(job) * reader.shape[0]
+        chosen = [np.arange(len(s.slots)) if s.chosen is None else s.chosen for s in job]
+        picked = np.concatenate([i * r + own for i, own in enumerate(chosen)])
+        slots_at = piece.pack(np.concatenate([source.slots for source in job]))
+        picked_at = None if len(picked) == n_rows else piece.pack(picked)
+        itemsize, row_bytes = reader.dtype.itemsize, reader.shape[1] * reader.dtype.itemsize
+        unit = torch.int64 if row_bytes % 8 == 0 else _BITS[itemsize]  # few large moves
+        first = lane.column * itemsize // unit.itemsize
+        columns = slice(first, first + row_bytes // unit.itemsize)
+        target, packed = self.tensors[lane.buffer].view(unit)[self._head :, columns], piece.packed
 
         def work() -> None:
-            there = rows.to(device, non_blocking=True).view(unit).view(n_rows, -1)
-            slots, picked = numbers.to(device, non_blocking=True)
-            target.index_copy_(0, slots, there if n == n_rows else there.index_select(0, picked))
+            there = packed.to(self._side.device, non_blocking=True)
+            rows = rows_on(there).view(unit)
+            chosen = rows if picked_at is None else rows.index_select(0, picked_at.on(there))
+            target.index_copy_(0, slots_at.on(there), chosen)
 
-        staged.mark = self._side.submit(work)
+        piece.mark = self._side.submit(work)
 
     def carry(self, left: list[Tensor]) -> None:
         """Queue copies into the spare rows in front."""
@@ -353,10 +220,38 @@ class DeviceWindows:
         return DeviceWindow(self._side, self._staging, tensors, head)
 
 
-def pinned_allocator(side: Side) -> Callable[[Shape], NDArray[Any]]:
-    """Makes buffers of pinned memory for `HostWindows`."""
+def _pack_rows(piece: _Piece, job: Sequence[Source], start: int, decoded: Decoded) -> RowsOn:
+    """Decode chunks into a piece."""
+    r, width = job[0].reader.shape
+    room, section = piece.room((len(job), r, width), job[0].reader.dtype)
+    for i in range(len(job)):
+        rows = decoded.rows_of(start + i, room[i])
+        if rows.ctypes.data != room[i].ctypes.data:  # nothing had to be decoded
+            room[i] = rows
+    return lambda there: section.on(there).view(len(job) * r, width)
 
-    def allocate(shape: Shape) -> NDArray[Any]:
-        return side.pinned(shape.n_bytes).numpy().view(shape.dtype).reshape(shape[:2])
 
-    return allocate
+def _pack_codes(piece: _Piece, job: Sequence[Source], start: int, decoded: Decoded) -> RowsOn:
+    """Pack quantised chunks as they are: codes, scales and offsets, and the rows that are stored exactly."""
+    reader = job[0].reader
+    r, width = reader.shape
+    codes, codes_at = piece.room((len(job), r, width), np.uint8)
+    scales, scales_at = piece.room((2, len(job), 1, width), np.float32)
+    exact, numbers = [], []
+    for i in range(len(job)):
+        found = decoded.codes_of(start + i)
+        codes[i], scales[0, i, 0], scales[1, i, 0] = found.codes, found.scale, found.offset
+        exact.append(found.exact)
+        numbers.append(i * r + found.exact_rows.astype(np.int64))
+    exact_at, numbers_at = piece.pack(np.concatenate(exact)), piece.pack(np.concatenate(numbers))
+    logical, bits = _LOGICAL[reader.quantised or ""], _BITS[reader.dtype.itemsize]
+
+    def rows_on(there: Tensor) -> Tensor:
+        scale, offset = scales_at.on(there)
+        values = codes_at.on(there).to(torch.float32).mul_(scale).add_(offset)
+        rows = values.to(logical).view(bits).view(len(job) * r, width)
+        if exact_at.shape[0]:
+            rows.index_copy_(0, numbers_at.on(there), exact_at.on(there).view(bits))
+        return rows
+
+    return rows_on

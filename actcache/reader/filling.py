@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from actcache.errors import UsageError
 from actcache.reader.buffers import Shape
 from actcache.reader.counters import Counters
+from actcache.reader.device import Chunk
 from actcache.reader.filters import RowFilter
 from actcache.reader.layout import Lane, Layout, Places, lay_out
 from actcache.reader.order import (
@@ -23,7 +24,7 @@ from actcache.reader.order import (
     runs_of,
     steps_of,
 )
-from actcache.reader.placement import FETCHED_BYTES, Chunk, place
+from actcache.reader.placement import FETCHED_BYTES, place
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, Selection
 from actcache.reader.window import Fetching, Fill, Room
@@ -66,8 +67,10 @@ class Filling:
         self._orders: dict[int, GlobalOrder | CommitOrder] = {}
         in_flight = captures[0].objects.n_in_flight
         self._io_threads = (delivery.io_threads or in_flight) if in_flight else 0
-        row_bytes = max(c.capture.width * disk_dtype(c.capture.dtype).itemsize for c in captures)
-        chunk = Chunk(grid.rows_per_chunk * row_bytes, grid.rows_per_chunk)
+        width = max(c.capture.width for c in captures)
+        itemsize = max(disk_dtype(c.capture.dtype).itemsize for c in captures)
+        is_quantised = any(c.capture.codec == "uint8" for c in captures)
+        chunk = Chunk(grid.rows_per_chunk, width, itemsize, is_quantised)
         self._chunk_bytes = chunk.n_bytes
         self.windows, self.courier = place(self._shapes(), chunk, delivery, fetches=bool(self._io_threads))
         self._fills: dict[tuple[int, int], Fill] = {}

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from actcache.errors import MemoryBoundError
 from actcache.reader.buffers import FEWEST_WINDOWS, MOST_WINDOWS, HostWindows, Shape, Windows
-from actcache.reader.device import Courier, DeviceWindows, Side, Staging, open_side, pinned_allocator
+from actcache.reader.courier import Courier, pinned_allocator
+from actcache.reader.device import Chunk, DeviceWindows, Staging
 from actcache.reader.selection import Delivery
+from actcache.reader.side import Side, open_side
 from actcache.reader.window import JOB_BYTES
 
 FETCHED_BYTES = 64 << 20
@@ -23,13 +25,6 @@ class Placement(NamedTuple):
     courier: Courier | None
 
 
-class Chunk(NamedTuple):
-    """Of the widest capture: a decoded chunk's bytes and rows."""
-
-    n_bytes: int
-    n_rows: int
-
-
 def place(
     shapes: Sequence[Shape], chunk: Chunk, delivery: Delivery, *, fetches: bool, side: Side | None = None
 ) -> Placement:
@@ -44,13 +39,14 @@ def place(
     side = side or open_side(delivery.device)
     besides = shapes[0].n_rows * _ORDER_BYTES_PER_ROW + (FETCHED_BYTES if fetches else 0)
     window_bytes = sum(shape.n_bytes for shape in shapes)
-    n_chunks = max(1, JOB_BYTES // chunk.n_bytes)
-    staged = delivery.threads * Staging.bytes_for(*chunk, n_chunks)
-    on_device = 0 if side is None else _fitting(delivery, side, window_bytes, staged)
-    if side is not None and on_device:
-        _windows_within(delivery.memory_bytes, 0, besides + staged, "memory")
-        staging = Staging(side, *chunk, n_chunks)
-        return Placement(DeviceWindows(side, shapes, on_device, staging), Courier(side, rows_are_there=True))
+    if side is not None:
+        staging = Staging(side, chunk, max(1, JOB_BYTES // chunk.n_bytes))
+        on_device = _fitting(delivery, side, window_bytes, delivery.threads * staging.device_bytes_per_thread)
+        if on_device:
+            staged = delivery.threads * staging.host_bytes_per_thread
+            _windows_within(delivery.memory_bytes, 0, besides + staged, "memory")
+            windows = DeviceWindows(side, shapes, on_device, staging)
+            return Placement(windows, Courier(side, rows_are_there=True))
     besides += delivery.threads * chunk.n_bytes * 4
     most = _windows_within(delivery.memory_bytes, window_bytes, besides, "memory")
     if side is None:

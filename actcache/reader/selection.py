@@ -14,6 +14,7 @@ Stack = Literal["data", "feature", "layers"]
 OrderName = Literal["global", "commit"]
 
 _MOST_LISTED = 24
+_LONGEST_TEXT = 1500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +51,12 @@ class Selection:
         """By name, for a cursor: a long list is represented by its digest."""
         flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rules"}
         flat |= {f.name: getattr(self.rules, f.name) for f in fields(self.rules)}
-        return {
+        brief = {
             name: _brief(list(value)) if isinstance(value, tuple) else value for name, value in flat.items()
         }
+        if self.shards is not None and len(self.shards) > _LONGEST_TEXT:
+            brief["shards"] = _brief(parse_shards(self.shards))
+        return brief
 
 
 def _brief(values: list[Any]) -> Any:

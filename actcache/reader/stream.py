@@ -16,8 +16,8 @@ from torch import Tensor
 from actcache.errors import UsageError
 from actcache.flow import Batch
 from actcache.reader.counters import Counters
+from actcache.reader.courier import BATCHES_AHEAD, Courier, Parcel
 from actcache.reader.cursor import Cursor, from_state, to_state
-from actcache.reader.device import BATCHES_AHEAD, Courier, Parcel
 from actcache.reader.filling import Filling
 from actcache.reader.provenance import Provenance
 from actcache.reader.quality import Expected, Quality, QualityMeter, expected

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
 
@@ -18,6 +18,7 @@ from actcache.errors import ActcacheError, UnreachableError
 from actcache.reader.buffers import Window
 from actcache.reader.counters import Counters
 from actcache.reader.layout import Layout, Source, by_request, handfuls
+from actcache.store.quantise import Quantised
 
 JOB_BYTES = 2 << 20
 """Decoded bytes that a thread takes on at a time."""
@@ -27,6 +28,7 @@ _STALLED_S = 300.0
 _READ_AHEAD_BYTES = 16 << 20
 
 Body = bytes | memoryview
+T = TypeVar("T")
 
 
 class Room:
@@ -88,9 +90,8 @@ class Fill:
         self.reading: dict[int, str] = {}  # thread -> what it reads
         self._chunks_per_job = max(1, JOB_BYTES // chunk_bytes)
         self._n_ahead = max(self._chunks_per_job, _READ_AHEAD_BYTES // chunk_bytes)
-        pool.submit(
-            self._open, lay_out
-        )  # not kept: a stream that is dropped is freed without a garbage collection
+        # `lay_out` is not kept: a stream that is dropped is freed without a garbage collection.
+        pool.submit(self._open, lay_out)
 
     @property
     def is_done(self) -> bool:
@@ -164,7 +165,7 @@ class Fill:
                 return
             self._will_need(ahead)
             begun, decoding = perf_counter(), _Decoding(self, job, bodies)
-            self.window.land(job, decoding.rows_of)
+            self.window.land(job, decoding)
             scatter_s = perf_counter() - begun - decoding.read_s - decoding.decode_s
             self._counters.add(**decoding.sums(), scatter_s=scatter_s)
             self.reading.pop(threading.get_ident(), None)
@@ -224,7 +225,7 @@ class _Stopped(Exception):
 
 
 class _Decoding:
-    """The chunks of one job, one after the other, and what that took."""
+    """The chunks of one job, one after the other, and what that took. See `Decoded`."""
 
     def __init__(self, fill: Fill, job: list[Source], bodies: Sequence[Body] | None) -> None:
         self._fill, self._job, self._bodies = fill, job, bodies
@@ -232,19 +233,26 @@ class _Decoding:
         self._read_bytes = self._row_bytes = 0
 
     def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
-        """Rows [R, d] of a chunk: in `out` where they had to be decoded."""
+        """Rows [r, d] of a chunk: in `out` where they had to be decoded."""
+        return self._timed(number, lambda source, body: source.reader.decode(*source.at, body, out))
+
+    def codes_of(self, number: int) -> Quantised:
+        """A quantised chunk in codes."""
+        return self._timed(number, lambda source, body: source.reader.decode_codes(*source.at, body))
+
+    def _timed(self, number: int, decode: Callable[[Source, Body], T]) -> T:
         if self._fill.error is not None:
             raise _Stopped
         source, begun = self._job[number], perf_counter()
         self._fill.reading[threading.get_ident()] = source.reader.key
         body = source.reader.load(*source.at) if self._bodies is None else self._bodies[number]
         loaded = perf_counter()
-        rows = source.reader.decode(*source.at, body, out)
+        found = decode(source, body)
         self.read_s += loaded - begun
         self.decode_s += perf_counter() - loaded
         self._read_bytes += source.reader.n_bytes(*source.at)
-        self._row_bytes += len(source.slots) * rows.shape[1] * rows.itemsize
-        return rows
+        self._row_bytes += len(source.slots) * source.reader.row_bytes
+        return found
 
     def sums(self) -> dict[str, float]:
         """For the counters."""

@@ -131,6 +131,7 @@ class ShardReader:
         self._codec, self.shape, self.quantised = codec, shape, quantised
         self.dtype = codec.dtype if quantised is None else disk_dtype(quantised)
         """Of the rows that are handed out: bfloat16 is its bits."""
+        self.row_bytes = shape[1] * self.dtype.itemsize
         self._offset, self._stored = chunks.offset, chunks.stored
 
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:

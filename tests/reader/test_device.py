@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 import actcache
 from actcache.errors import MemoryBoundError, UnreachableError, UsageError
-from actcache.reader import device, placement
+from actcache.reader import placement, side
 from actcache.reader.buffers import HostWindows
-from actcache.reader.device import DeviceWindows, wait_for
+from actcache.reader.device import DeviceWindows
 from actcache.reader.filling import Filling
+from actcache.reader.side import open_side, wait_for
 from actcache.store.shard import ShardReader
 from tests.conftest import as_bits, check_rows, write_store
 from tests.reader.late import BusySide, LateSide, LyingSide
@@ -271,14 +272,14 @@ def test_leaving_early_leaves_nothing(truth, late, place):
 
 
 def test_a_device_that_stops_is_an_error(monkeypatch):
-    monkeypatch.setattr(device, "_PATIENCE_S", 0.02)
-    side = LateSide(rate=0.0)
+    monkeypatch.setattr(side, "_PATIENCE_S", 0.02)
+    stuck = LateSide(rate=0.0)
     with pytest.raises(UnreachableError, match=r"has not finished copying chunks"):
-        wait_for(side.submit(lambda: None), "copying chunks")
+        wait_for(stuck.submit(lambda: None), "copying chunks")
 
 
 def test_a_device_that_stops_ends_the_stream(truth, late, monkeypatch):
-    monkeypatch.setattr(device, "_PATIENCE_S", 0.02)
+    monkeypatch.setattr(side, "_PATIENCE_S", 0.02)
     late(LateSide(rate=0.0))
     monkeypatch.setattr(placement, "JOB_BYTES", 1)
     with stream_on(truth) as stream, pytest.raises(UnreachableError, match="copying chunks"):
@@ -289,9 +290,9 @@ def test_no_such_device():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UsageError, match="sees no CUDA device"):
-        device.open_side("cuda")
-    assert device.open_side("cpu") is None
-    assert device.open_side("meta") is None
+        open_side("cuda")
+    assert open_side("cpu") is None
+    assert open_side("meta") is None
 
 
 @pytest.mark.parametrize("place", PLACES)
