@@ -50,6 +50,15 @@ console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for scripts.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU where there is one.")]
+RunChunks = Annotated[
+    int,
+    typer.Option(
+        help="Adjacent chunks that stay together, read in one request from object storage. Part of the order; 1 mixes best."
+    ),
+]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="Of an unfinished store, take the shards that are committed now.")
+]
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="A store: a folder, or an fsspec URL such as s3://...")
 ]
@@ -553,6 +562,8 @@ def info(
     window_rows: Annotated[int, typer.Option(help="With --shuffle: rows shuffled together.")] = 131_072,
     order: Annotated[str, typer.Option(help="With --shuffle: global or commit.")] = "global",
     commit_shards: Annotated[int, typer.Option(help="With --order commit: shards mixed together.")] = 4,
+    run_chunks: RunChunks = 1,
+    partial: Partial = False,
     batches: Annotated[int, typer.Option(help="With --shuffle: batches to measure.")] = 200,
     as_json: Json = False,
 ) -> None:
@@ -567,6 +578,8 @@ def info(
             window_rows=window_rows,
             order=order,  # type: ignore[arg-type]
             commit_shards=commit_shards,
+            run_chunks=run_chunks,
+            partial=partial,
         ) as stream:
             facts["shuffle"] = stream.quality(batches).as_json()
     if as_json:
@@ -706,6 +719,7 @@ def bench_(
     hook: Annotated[str | None, typer.Option(help="Which capture, where the store has several.")] = None,
     threads: Annotated[int, typer.Option(help="Threads that read and decode.")] = 2,
     window_rows: Annotated[int, typer.Option(help="Rows shuffled together.")] = 131_072,
+    run_chunks: RunChunks = 1,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 3,
     seconds: Annotated[float, typer.Option(help="Seconds for each part of a round.")] = 2.0,
     as_json: Json = False,
@@ -719,7 +733,12 @@ def bench_(
     capture = catalog.capture(hook or ("resid_post" if "resid_post" in catalog.captures else opened.hooks[0]))
     found = bench(
         lambda: opened.stream(
-            hook=capture.capture.name, threads=threads, window_rows=window_rows, epochs=None
+            hook=capture.capture.name,
+            threads=threads,
+            window_rows=window_rows,
+            run_chunks=run_chunks,
+            partial=True,
+            epochs=None,
         ),
         capture,
         rounds=rounds,
@@ -778,6 +797,14 @@ def train(
         typer.Option(help="Drop rows whose norm exceeds this many times their layer's median; 0 keeps all."),
     ] = 10.0,
     window_rows: Annotated[int, typer.Option(help="Rows shuffled together in memory.")] = 131_072,
+    run_chunks: RunChunks = 1,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial",
+            help="Of an unfinished store, train on the shards that are committed now; --resume goes on with the same ones.",
+        ),
+    ] = False,
     memory: Annotated[str | None, typer.Option(help="Bound on memory for reading, such as 2GiB.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of rows and of the initial weights.")] = 0,
     device: Device = "auto",
@@ -811,6 +838,8 @@ def train(
         "layers": layers,
         "outlier_norm_ratio": outlier_norm_ratio or None,
         "window_rows": window_rows,
+        "run_chunks": run_chunks,
+        "partial": (resume and _frozen_shards(out)) or partial,
         "memory": None if memory is None else _size(memory),
     }
     summary = _train(store, out, config, selection, _device(device), resume=resume, quiet=as_json)
@@ -827,6 +856,17 @@ def _validation(error: ValueError) -> str:
     ) or str(error)
 
 
+def _frozen_shards(run: Path) -> str | None:
+    """The shards that a run's newest cursor is about, where they are not all there are."""
+    newest = max(
+        run.glob("**/checkpoints/step-*/state.json"), key=lambda path: path.parent.name, default=None
+    )
+    if newest is None:
+        return None
+    found = json.loads(newest.read_text(encoding="utf-8"))["cursor"]["settings"].get("shards")
+    return found if isinstance(found, str) else None
+
+
 def _stream(store: Any, selection: dict[str, Any], **more: Any) -> "Stream":
     from actcache.model import parse_layers
 
@@ -838,6 +878,7 @@ def _stream(store: Any, selection: dict[str, Any], **more: Any) -> "Stream":
         layers=layers,
         outlier_norm_ratio=selection["outlier_norm_ratio"],
         window_rows=selection["window_rows"],
+        run_chunks=selection.get("run_chunks", 1),
         memory=selection["memory"],
         **more,
     )
@@ -865,6 +906,7 @@ def _train(
         batch_size=config.batch_rows,
         seed=config.seed,
         epochs=n_epochs,
+        partial=selection["partial"],
         device=device,
         dtype=torch.float32,
     ) as source:
@@ -878,7 +920,7 @@ def _train(
             "model": request.model.as_json(),
             "corpus": request.corpus.name,
             "selection": {
-                **{k: v for k, v in selection.items() if k != "memory"},
+                **{k: v for k, v in selection.items() if k not in ("memory", "partial")},
                 "layers": list(source.layers),
             },
             "order": source.settings,
@@ -972,6 +1014,12 @@ def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool)
 
     sae = load_sae(run, device=device)
     selection = {**sae.provenance.get("selection", {}), "memory": None}
+    limits = sae.provenance.get("order", {}).get("norm_limits")
+    if isinstance(limits, list):  # as in training, to the last row: medians of an unfinished store change
+        selection["outlier_norm_ratio"] = None
+        reading = {"norm_limits": dict(zip(sae.layers, limits, strict=True))}
+    else:
+        reading = {}
     if "window_rows" not in selection:
         raise UsageError(
             f"{run} does not say which rows it was trained on; it was not made by 'actcache train'"
@@ -983,7 +1031,9 @@ def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool)
             f"{store.plan.request.model.name} (other weights)"
         )
     with (
-        _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32) as source,
+        _stream(
+            store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32, **reading
+        ) as source,
         _progress("rows", quiet=quiet) as progress,
     ):
         task = progress.add_task("evaluate", total=source.n_rows)
@@ -1073,6 +1123,7 @@ def demo(
         "layers": None,
         "outlier_norm_ratio": 10.0,
         "window_rows": 131_072,
+        "partial": False,
         "memory": None,
     }
     _train(str(settings.out), out / "run", config, selection, "cpu", resume=True, quiet=False)
