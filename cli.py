@@ -763,7 +763,14 @@ def bench_(
     out = Console()
     out.print(table)
     shares = ", ".join(f"{name} {100 * value:.0f} %" for name, value in found.share.items())
-    out.print(f"ratio {found.ratio:.2f}x; threads' time: {shares}", highlight=False)
+    out.print(f"ratio {found.ratio:.2f}x; threads busy {100 * found.busy:.0f} %: {shares}", highlight=False)
+    if found.from_disk is not None:
+        out.print(
+            f"of what was read {100 * found.from_disk:.0f} % came from the disk, not from memory",
+            highlight=False,
+        )
+    if found.request_bytes is not None:
+        out.print(f"{_bytes(found.request_bytes)} a request to object storage", highlight=False)
     out.print(f"bottleneck: {found.bottleneck}", highlight=False)
 
 

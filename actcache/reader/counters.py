@@ -16,6 +16,7 @@ class Counters:
     waited_s     the consumer waiting for a window.
     consumer_s   the consumer doing something else between batches.
     read_bytes   bytes of chunks read.     row_bytes  bytes of rows they became, after filters.
+    n_requests   to object storage, for chunks.
     """
 
     layout_s: float = 0.0
@@ -27,6 +28,7 @@ class Counters:
     consumer_s: float = 0.0
     read_bytes: int = 0
     row_bytes: int = 0
+    n_requests: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, **amounts: float) -> None:

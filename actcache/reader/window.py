@@ -145,7 +145,7 @@ class Fill:
             self.reading[threading.get_ident()] = reader.key
             bodies = reader.fetch(wanted)
             del self.reading[threading.get_ident()]
-            self._counters.add(read_s=perf_counter() - started)
+            self._counters.add(read_s=perf_counter() - started, n_requests=1)
             self._pool.submit(self._work_on_fetched, job, bodies, room, n_bytes)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             room.give(n_bytes)

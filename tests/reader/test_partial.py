@@ -133,7 +133,7 @@ def test_ranks_are_told_the_shards(truth):
 
 def test_nothing_committed_yet(tmp_path):
     truth = write_store(tmp_path / "s.zarr", n_sequences=24, commit=[0])
-    with pytest.raises(UncommittedError, match="no train shard .* is committed yet"):
+    with pytest.raises(UncommittedError, match=r"no train shard .* is committed yet"):
         actcache.open(truth.root).stream(partial=True)
 
 
