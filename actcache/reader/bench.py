@@ -160,16 +160,16 @@ def _disk(capture: CaptureCatalog, shards: list[int], seconds: float) -> float |
 
 
 def _decode(capture: CaptureCatalog, shards: list[int], seconds: float) -> float:
-    at = [(s, *place) for s in shards for place in np.ndindex(capture.reader(s).chunks.length.shape)]
+    at = [(s, i, c) for s in shards for i, c in np.ndindex(capture.reader(s).chunks.length.shape)]
     is_local = isinstance(capture.objects, LocalObjects)
     at = at if is_local else at[:_CHUNKS_IN_MEMORY]
-    bodies = {} if is_local else {one: capture.reader(one[0]).load(*one[1:]) for one in at}
+    bodies = {} if is_local else {(s, i, c): capture.reader(s).load(i, c) for s, i, c in at}
     n_bytes, scratch, started = 0, None, time.perf_counter()
     while True:
-        for one in at:
-            reader = capture.reader(one[0])
-            body = reader.load(*one[1:]) if is_local else bodies[one]
-            rows: Any = reader.decode(*one[1:], body, scratch)
+        for s, i, c in at:
+            reader = capture.reader(s)
+            body = reader.load(i, c) if is_local else bodies[s, i, c]
+            rows: Any = reader.decode(i, c, body, scratch)
             scratch = rows if rows.flags.writeable else None
             n_bytes += _decoded_bytes(capture)
             if time.perf_counter() - started > seconds:
