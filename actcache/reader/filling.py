@@ -29,10 +29,12 @@ from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, Selection
 from actcache.reader.window import Fetching, Fill, Room
 from actcache.store.dtypes import disk_dtype
+from actcache.store.local import LocalFiles
 from actcache.store.open import CaptureCatalog
 from actcache.store.shard import ShardReader
 
 _CLOSE_S = 5.0
+_OPEN_FILES = 64
 
 
 class Filling:
@@ -73,6 +75,8 @@ class Filling:
         chunk = Chunk(grid.rows_per_chunk, width, itemsize, is_quantised)
         self._chunk_bytes = chunk.n_bytes
         self.windows, self.courier = place(self._shapes(), chunk, delivery, fetches=bool(self._io_threads))
+        files = captures[0].files
+        self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES)
         self._fills: dict[tuple[int, int], Fill] = {}
         self._awaited: Fill | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -192,6 +196,7 @@ class Filling:
             self._pool,
             self.counters,
             chunk_bytes=self._chunk_bytes,
+            files=self._files,
             fetching=self._fetching,
             name=f"window {window} of epoch {epoch}",
         )
@@ -251,6 +256,8 @@ class Filling:
             self._pool.shutdown(wait=False, cancel_futures=True)
             _join(self._pool._threads, _CLOSE_S)
             self._pool = None
+        if self._files is not None:
+            self._files.close()
 
 
 def _join(threads: Iterable[threading.Thread], seconds: float) -> None:
