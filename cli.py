@@ -30,9 +30,9 @@ import actcache
 from actcache.errors import ActcacheError, UsageError
 
 if TYPE_CHECKING:
-    from actcache.producer.build import BuildSummary
     from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
+    from actcache.producer.summary import BuildSummary
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
@@ -224,7 +224,16 @@ def build(
     ] = "1GiB",
     sequences_per_shard: Annotated[int | None, typer.Option(help="Shard size by hand, in sequences.")] = None,
     device: Device = "auto",
-    encode_threads: Annotated[int, typer.Option(help="Threads that compress.")] = 1,
+    encode_threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that compress. Without it: every core the model does not need."),
+    ] = None,
+    allow_non_finite: Annotated[
+        bool,
+        typer.Option(
+            "--allow-non-finite", help="Store rows with NaN or infinity: counted, not in the statistics."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a language model over text and cache its activations. Run the same command again to continue."""
@@ -255,9 +264,18 @@ def build(
         sequences_per_shard=sequences_per_shard,
         shard_memory_bytes=_size(shard_memory),
     )
-    summary = _build(settings, decoder, tokenizer, text, Path(corpus).name, encode_threads, quiet=as_json)
+    summary = _build(
+        settings,
+        decoder,
+        tokenizer,
+        text,
+        Path(corpus).name,
+        encode_threads=encode_threads,
+        allow_non_finite=allow_non_finite,
+        quiet=as_json,
+    )
     if as_json:
-        print(json.dumps({**asdict(summary), "store": str(summary.store)}))
+        print(json.dumps(summary.as_json()))
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -278,11 +296,13 @@ def _build(
     tokenizer: Any,
     text: Any,
     corpus_name: str,
-    encode_threads: int,
     *,
+    encode_threads: int | None = None,
+    allow_non_finite: bool = False,
     quiet: bool,
 ) -> "BuildSummary":
-    from actcache.producer.build import Reporter, build
+    from actcache.producer.build import build
+    from actcache.producer.summary import Reporter
 
     with _progress("tok", quiet=quiet) as progress:
         planning = progress.add_task("tokenise", total=settings.n_tokens)
@@ -311,6 +331,7 @@ def _build(
                 text,
                 corpus_name=corpus_name,
                 encode_threads=encode_threads,
+                allow_non_finite=allow_non_finite,
                 reporter=reporter,
             )
         except KeyboardInterrupt:
@@ -340,24 +361,18 @@ def _print_forecast(out: Path, grid: "Grid", size: "SizeForecast") -> None:
 
 
 def _print_build(summary: "BuildSummary") -> None:
+    from actcache.producer.present import stage_table
+
     if summary.was_complete:
         console.print(
             f"{summary.store} is complete: all {summary.n_shards} shards are committed. Nothing to do."
         )
         return
-    stages = dict(summary.stage_s)
-    stages["forward"] -= stages["scatter"]
-    table = Table(title=f"{summary.store}: built", title_justify="left", show_edge=False)
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    for stage, seconds in stages.items():
-        table.add_row(stage if stage != "wait" else "wait for commit", f"{seconds:.1f}")
-    console.print(table)
-    slowest = max(("forward", "commit"), key=lambda stage: stages[stage])
+    console.print(stage_table(summary))
     console.print(
-        f"{summary.n_tokens:,} tokens in {summary.elapsed_s:.1f} s ({summary.n_tokens / summary.elapsed_s:,.0f} tok/s); "
-        f"{_bytes(summary.raw_bytes)} -> {_bytes(summary.disk_bytes)} "
-        f"({summary.raw_bytes / max(1, summary.disk_bytes):.2f}x); the {slowest} was the bottleneck",
+        f"{summary.n_tokens:,} tokens in {summary.filling_s:.1f} s ({summary.tokens_per_s:,.0f} tok/s, "
+        f"{_bytes(summary.bytes_per_s)}/s); {_bytes(summary.raw_bytes)} -> {_bytes(summary.disk_bytes)} "
+        f"({summary.ratio:.2f}x); the bottleneck was: {summary.bottleneck}",
         highlight=False,
     )
 
@@ -1062,7 +1077,6 @@ def demo(
         load_tokenizer(model_dir),
         open_corpus(corpus_path),
         corpus_path.name,
-        1,
         quiet=False,
     )
     del decoder

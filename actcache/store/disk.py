@@ -11,8 +11,10 @@ import fcntl
 import os
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -65,23 +67,25 @@ class Writer:
         """Append bytes; DiskFullError when there is no room."""
         self._disk.announce("write", self._key)
         left = [memoryview(part).cast("B") for part in parts if len(part)]
-        while left:
-            try:
-                n_written = os.writev(self._fd, left)
-            except OSError as error:
-                raise _explained(error, self._disk.root / self._key) from error
-            self.n_bytes += n_written
-            while left and n_written >= len(left[0]):
-                n_written -= len(left.pop(0))
-            if n_written:
-                left[0] = left[0][n_written:]
+        with self._disk.timed("write"):
+            while left:
+                try:
+                    n_written = os.writev(self._fd, left)
+                except OSError as error:
+                    raise _explained(error, self._disk.root / self._key) from error
+                self.n_bytes += n_written
+                while left and n_written >= len(left[0]):
+                    n_written -= len(left.pop(0))
+                if n_written:
+                    left[0] = left[0][n_written:]
 
     def commit(self) -> bool:
         """Sync and link to the final name; False when that name is taken (nothing is replaced)."""
         final = self._disk.root / self._key
         try:
             self._disk.announce("fsync", self._key)
-            os.fsync(self._fd)
+            with self._disk.timed("sync"):
+                os.fsync(self._fd)
             self._disk.announce("link", self._key)
             os.link(self._temporary, final)
             is_new = True
@@ -125,6 +129,7 @@ class Disk:
     """The only thing that changes a store. Hold it in a `with` block: its workspace is locked meanwhile.
 
     on_operation(name, key) is called before every step that changes the disk.
+    spent_s                 seconds in writing and in syncing so far.
     """
 
     def __init__(self, root: Path, on_operation: Callable[[str, str], None] | None = None) -> None:
@@ -133,6 +138,18 @@ class Disk:
         self.nonce = secrets.token_hex(8)
         self.workspace = root / WORK_DIR / self.nonce
         self._lock_fd: int | None = None
+        self.spent_s = {"write": 0.0, "sync": 0.0}
+        self._timing = threading.Lock()
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to `spent_s`; of several threads at once, each counts."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._timing:
+                self.spent_s[what] += time.perf_counter() - started
 
     def announce(self, operation: str, key: str) -> None:
         """Called before each step that changes the disk."""
@@ -206,7 +223,8 @@ class Disk:
     def settle(self, key: str) -> None:
         """Make the name of an object durable."""
         self.announce("fsync directory", key)
-        _sync_dir((self.root / key).parent)
+        with self.timed("sync"):
+            _sync_dir((self.root / key).parent)
 
     def remove(self, key: str) -> None:
         """Remove an object that no commit covers."""

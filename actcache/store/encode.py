@@ -168,8 +168,7 @@ class ChunkEncoder:
 class EncodedShard:
     """The parts of a shard in file order, encoded on `pool` a few chunks ahead of the writer.
 
-    rows         [l, stored, d] numbers on disk dtype. Iterate once, then ask for `chunks`.
-    on_encoded   called when the rows are not needed any more.
+    rows  [l, stored, d] numbers on disk dtype. Iterate once, then ask for `chunks`.
     """
 
     def __init__(
@@ -179,10 +178,9 @@ class EncodedShard:
         gathered: Gathered,
         pool: Executor,
         n_ahead: int,
-        on_encoded: Callable[[], None] = lambda: None,
     ) -> None:
         self._rows, self._encoder, self._gathered = rows, encoder, gathered
-        self._pool, self._n_ahead, self._on_encoded = pool, n_ahead, on_encoded
+        self._pool, self._n_ahead = pool, n_ahead
         self._lengths: list[tuple[int, ...]] = []
         self._crcs: list[tuple[int, ...]] = []
         self._errors = 0
@@ -198,7 +196,6 @@ class EncodedShard:
                 yield self._take(pending)
         while pending:
             yield self._take(pending)
-        self._on_encoded()
         yield self._last()
 
     def _take(self, pending: deque[tuple[int, int, Future[Found]]]) -> Parts:

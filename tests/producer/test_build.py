@@ -23,7 +23,7 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.producer import plan as plan_module
-from actcache.producer.build import Reporter
+from actcache.producer.summary import Reporter
 from actcache.store import codec as codec_module
 from actcache.store import disk as disk_module
 from actcache.store.arrays import NO_DOCUMENT
