@@ -25,8 +25,9 @@ from actcache.store.arrays import (
 )
 from actcache.store.codec import CRC_BYTES
 from actcache.store.disk import Disk, Writer
-from actcache.store.encode import ChunkEncoder, EncodedShard, Gathered, gather
+from actcache.store.encode import EncodedShard, RunEncoder
 from actcache.store.exact import Checksummed, exact_checksum, exact_parts, same_exact
+from actcache.store.gathered import Gathered, gather
 from actcache.store.objects import Objects
 from actcache.store.schema import FORMAT, Capture, PlannedShard, Producer, ShardRecord, canonical
 from actcache.store.shard import Chunks, ShardReader, chunks_on_disk
@@ -69,7 +70,7 @@ class ShardCommitter:
     `write` needs the rows and threads that encode, `finish` waits for the disk: the two halves of `commit`.
 
     where             says, for an error, which place of the corpus a row (shard, row within it) comes from.
-    n_ahead           chunks encoded ahead of the writer.
+    n_ahead           runs of chunks, of a megabyte or so, encoded ahead of the writer.
     allow_non_finite  commits rows with NaN or infinity: counted, and left out of the statistics.
     """
 
@@ -90,7 +91,7 @@ class ShardCommitter:
         self._pool, self._version, self._where = pool, version, where
         self._n_ahead, self._allow_non_finite = n_ahead, allow_non_finite
         self._rows = arrays["rows"]
-        self._encoder = ChunkEncoder(capture, self._rows)
+        self._encoder = RunEncoder(capture, self._rows)
 
     def commit(self, shard: int, planned: PlannedShard, rows: NDArray[Any]) -> ShardRecord:
         """Commit one shard of stored rows [l, stored, d]; returns the record that holds, ours or another's."""

@@ -95,12 +95,12 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-class ChunkStatistics(NamedTuple):
-    """Of the rows of one chunk of one layer.
+class RowStatistics(NamedTuple):
+    """Of some rows of one layer.
 
     norm       [r] float32, of every stored row.
     moments    of the kept rows of finite numbers.
-    ordinary   of those among them that are in codes, where the chunk is quantised.
+    ordinary   of those among them that are in codes, where rows are quantised.
     is_finite  [r] bool.
     """
 
@@ -110,9 +110,9 @@ class ChunkStatistics(NamedTuple):
     is_finite: NDArray[np.bool_]
 
 
-def chunk_statistics(
+def row_statistics(
     x: NDArray[np.float32], kept: int, exact_rows: NDArray[np.uint32] | None = None
-) -> ChunkStatistics:
+) -> RowStatistics:
     """Statistics of stored rows [r, d], of which the first `kept` are kept; exact_rows: those not in codes."""
     norm = row_norms(x)
     is_finite = np.isfinite(norm)
@@ -124,7 +124,7 @@ def chunk_statistics(
             in_codes = is_finite[:kept].copy()
             in_codes[exact_rows[exact_rows < kept]] = False
             ordinary = moments_of(_chosen(x[:kept], in_codes))
-    return ChunkStatistics(norm, moments, ordinary, is_finite)
+    return RowStatistics(norm, moments, ordinary, is_finite)
 
 
 def _chosen(x: NDArray[np.float32], which: NDArray[np.bool_]) -> NDArray[np.float32]:
