@@ -3,7 +3,8 @@
     python benchmarks/build.py --work /tmp/build --out benchmarks/results/build.json
 
 Part "build": a model of Pythia-70m's shape with random weights, float32, all six layers captured as bfloat16. Every
-round runs each method once over the same tokens, so that a busy machine is busy for all of them:
+method runs between two forward passes over the same tokens and is compared with these, because a shared machine is not
+the same from one minute to the next:
 
     forward     the blocks alone: no hook, no head
     null        forward, and every vector at its row of a shard buffer, then nothing
@@ -169,41 +170,55 @@ class Bench:
 
 
 def measure_build(arguments: argparse.Namespace) -> dict:
-    """Part "build"."""
+    """Part "build": each method between two forward passes, `rounds` times over."""
     decoder = pythia_70m(arguments.device, getattr(torch, arguments.dtype))
     bench = Bench(arguments.work, decoder, arguments.tokens, arguments.shard_rows, arguments.batch_size)
-    codecs = arguments.codecs.split(",")
-    methods: dict[str, Callable[[], float]] = {"forward": bench.forward, "null": bench.null}
-    methods |= {codec: lambda codec=codec: bench.build(codec) for codec in codecs}
-    methods |= {f"encode {codec}": lambda codec=codec: bench.encode(codec) for codec in codecs}
-    methods["disk"] = bench.disk
-    for name in ("forward", "null", codecs[0]):
-        methods[name]()
-    bench.stages.clear()
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for round_ in range(arguments.rounds):
-        for name, method in methods.items():
-            seconds[name].append(method())
-            print(f"round {round_} {name:12} {seconds[name][-1]:7.2f} s", flush=True)
-    of_forward = {n: [a / b for a, b in zip(s, seconds["forward"], strict=True)] for n, s in seconds.items()}
-    slowest = {
-        c: statistics.median(
-            max(seconds["forward"][i], seconds[f"encode {c}"][i], seconds["disk"][i]) / seconds[c][i]
-            for i in range(arguments.rounds)
-        )
-        for c in codecs
-    }
+    bench.forward()
+    bench.null()
+    found = {}
+    for name in arguments.methods.split(","):
+        method = bench.null if name == "null" else lambda name=name: bench.build(name)
+        method()
+        bench.stages.clear()
+        runs = []
+        before = timed(bench.forward)
+        for _ in range(arguments.rounds):
+            run, alone = timed(method), {}
+            after = timed(bench.forward)
+            if name != "null":
+                alone = {"encode": bench.encode(name), "disk": bench.disk()}
+            forward = {key: (before[key] + after[key]) / 2 for key in before}
+            before = after
+            runs.append({"build": run, "forward": forward, **alone})
+            ratio = {key: run[key] / forward[key] for key in run}
+            print(f"{name:6} {run['s']:6.2f} s, of forward: {ratio}", flush=True)
+        found[name] = summarised(runs) | {"stages": bench.stages.get(name)}
+        print(json.dumps({k: v for k, v in found[name].items() if k.startswith("median")}), flush=True)
     return {
-        "tokens": arguments.tokens,
-        "shard_rows": arguments.shard_rows,
-        "batch_size": arguments.batch_size,
+        **{n: getattr(arguments, n) for n in ("tokens", "shard_rows", "batch_size", "device", "dtype")},
         "encode_threads": bench.threads,
         "torch_threads": torch.get_num_threads(),
-        "seconds": seconds,
-        "median_over_forward": {n: statistics.median(r) for n, r in of_forward.items()},
-        "slowest_alone_over_build": slowest,
-        "stages": bench.stages,
+        "methods": found,
     }
+
+
+def timed(method: Callable[[], float]) -> dict[str, float]:
+    """Seconds, and CPU seconds of all threads."""
+    cpu = time.process_time()
+    seconds = method()
+    return {"s": seconds, "cpu_s": time.process_time() - cpu}
+
+
+def summarised(runs: list[dict]) -> dict:
+    """Medians of ratios within a round, and every number they come from."""
+    found: dict = {
+        f"median_{key}_over_forward": statistics.median(r["build"][key] / r["forward"][key] for r in runs)
+        for key in ("s", "cpu_s")
+    }
+    if "disk" in runs[0]:
+        slowest = [max(r["forward"]["s"], r["encode"], r["disk"]) / r["build"]["s"] for r in runs]
+        found["median_slowest_alone_over_build"] = statistics.median(slowest)
+    return found | {"runs": runs}
 
 
 def main() -> None:
@@ -215,34 +230,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", default="build,writer")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--shard-rows", type=int, default=8_192)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--shard-rows", type=int, default=4_096)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--codecs", default="none,lz4,zstd,uint8")
+    parser.add_argument("--methods", default="null,none,lz4,zstd,uint8", help='of part "build"')
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    found: dict = {
-        "machine": {
-            "processor": platform.processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-        },
-        "versions": {
-            n: version(n) for n in ("torch", "transformers", "numpy", "numcodecs", "zarr", "crc32c")
-        },
-        "load_before": os.getloadavg(),
+    found: dict = {}
+    if arguments.out and arguments.out.exists():  # the parts may be measured one after the other
+        found = json.loads(arguments.out.read_text())
+    found["machine"] = {
+        "processor": next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").open()
+                if line.startswith("model name")
+            ),
+            "",
+        ),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
     }
-    parts: dict[str, Callable[[argparse.Namespace], dict]] = {"build": measure_build}
+    packages = ("torch", "transformers", "numpy", "numcodecs", "zarr", "crc32c")
+    found["versions"] = {name: version(name) for name in packages}
     for part in arguments.parts.split(","):
-        if part in parts:
-            found[part] = parts[part](arguments)
-            print(
-                json.dumps({k: v for k, v in found[part].items() if k not in ("seconds", "stages")}, indent=1)
-            )
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        measured = {"build": measure_build}[part](arguments)
+        measured["load"] = os.getloadavg()
+        if part == "build":
+            measured["methods"] = found.get(part, {}).get("methods", {}) | measured["methods"]
+        found[part] = measured
+        if arguments.out:
+            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ def default_encode_threads(device: str) -> int:
     return cores if device == "cpu" else max(1, min(_MOST_ENCODE_THREADS, cores - 2))
 
 
+def takes_turns(device: str) -> bool:
+    """Whether the model waits while its rows are encoded: where both want the same cores."""
+    return device == "cpu"
+
+
 def build(
     settings: Settings,
     decoder: Decoder,
@@ -212,13 +217,14 @@ def _fill(
                 forward,
                 committers,
                 clock,
-                takes_turns=decoder.device.type == "cpu",
+                takes_turns=takes_turns(decoder.device.type),
                 on_commit=on_commit,
                 on_adopt=on_adopt,
                 on_shard=reporter.on_shard,
             ) as pipeline:
                 for shard, of_shard in left.items():
                     pipeline.add(shard, of_shard)
+                forward.finish()
                 pipeline.finish()
         finally:
             transfer.close()

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 STAGES = ("forward", "copy", "scatter", "encode", "write", "sync")
-"""In the order in which a vector passes them. `copy` is from the device; `sync` is fsync and naming."""
+"""In the order in which a vector passes them. `forward` is the device's own time, `copy` from it, `sync` fsync and naming."""
 
 
 class Clock:
-    """Seconds per stage, and `wait`: those in which the forward pass could not go on. Of several threads each counts."""
+    """Seconds per stage, and `wait`: those in which the model had no buffer to fill. Of several threads each counts."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,6 +1,8 @@
 """The model over the sequences of one shard: every vector goes to its row of the shard's buffer, nothing is kept twice."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,53 @@ class ShardBuffers:
         return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 
+class CpuTimer:
+    """Seconds of the model on a CPU: those of a batch, but for what of it was putting vectors to their rows."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Around one batch."""
+        before = self._clock.spent_s["scatter"]
+        with self._clock.timed("forward"):
+            yield
+        self._clock.add("forward", before - self._clock.spent_s["scatter"])
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+
+class CudaTimer:
+    """Seconds of the model on a GPU, which runs behind the thread that tells it what to do: by events on its stream."""
+
+    def __init__(self, device: torch.device, clock: Clock) -> None:
+        self._stream, self._clock = torch.cuda.current_stream(device), clock
+        self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Around one batch."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(self._stream)
+        yield
+        end.record(self._stream)
+        self._under_way.append((start, end))
+        while self._under_way and self._under_way[0][1].query():
+            self._count()
+
+    def _count(self) -> None:
+        start, end = self._under_way.popleft()
+        self._clock.add("forward", start.elapsed_time(end) / 1000)
+
+    def finish(self) -> None:
+        """Wait for all batches."""
+        self._stream.synchronize()
+        while self._under_way:
+            self._count()
+
+
 class Forward:
     """Runs the model for shard after shard.
 
@@ -88,7 +137,13 @@ class Forward:
         on_tokens: Callable[[int], None],
     ) -> None:
         self._catalog, self._decoder, self._transfer = catalog, decoder, transfer
-        self._clock, self._on_tokens = clock, on_tokens
+        self._on_tokens = on_tokens
+        is_cuda = decoder.device.type == "cuda"
+        self._timer = CudaTimer(decoder.device, clock) if is_cuda else CpuTimer(clock)
+
+    def finish(self) -> None:
+        """Wait for the device, so that its time is counted whole."""
+        self._timer.finish()
 
     def run(
         self, shard: int, captures: Sequence[CaptureCatalog], buffers: ShardBuffers, filling: Filling
@@ -106,12 +161,8 @@ class Forward:
             rows = torch.from_numpy(mixed.row_of_token[chosen].reshape(-1))
             hand_over = self._hand_over(captures, buffers, rows, filling)
             input_ids = torch.from_numpy(tokens[chosen].astype(np.int64)).to(self._decoder.device)
-            before = sum(self._clock.spent_s[stage] for stage in ("scatter", "wait"))
-            with self._clock.timed("forward"):
+            with self._timer.batch():
                 self._decoder.capture_each(input_ids, hooks, hand_over)
-            if self._decoder.device.type == "cpu":  # elsewhere other threads scatter
-                after = sum(self._clock.spent_s[stage] for stage in ("scatter", "wait"))
-                self._clock.add("forward", before - after)
             self._on_tokens(input_ids.numel())
 
     def _hand_over(

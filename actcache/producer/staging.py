@@ -123,7 +123,7 @@ class Staged:
         slot_bytes: the largest vector batch.
         n_slots: how many may be on their way.
         n_threads: that put vectors from a slot to their rows.
-        clock: counts the seconds that the forward pass waited for a slot ("wait"), and those in "copy" and "scatter".
+        clock: counts the seconds of "copy" (waiting for one) and "scatter".
     """
 
     def __init__(self, copier: Copier, slot_bytes: int, n_slots: int, n_threads: int, clock: Clock) -> None:
@@ -149,15 +149,14 @@ class Staged:
         job.add_done_callback(lambda done: self._done(done, slot, filling))
 
     def _take(self) -> Tensor:
-        with self._clock.timed("wait"):
-            while True:
-                try:
-                    return self._free.get(timeout=_LIVENESS_S)
-                except queue.Empty:
-                    if self._is_closed:
-                        raise ActcacheError(
-                            "vectors were handed over after the transfer had been closed"
-                        ) from None
+        while True:
+            try:
+                return self._free.get(timeout=_LIVENESS_S)
+            except queue.Empty:
+                if self._is_closed:
+                    raise ActcacheError(
+                        "vectors were handed over after the transfer had been closed"
+                    ) from None
 
     def _scatter(self, wait: Callable[[], None], target: Tensor, place: Place) -> None:
         with self._clock.timed("copy"):

@@ -1,9 +1,8 @@
 """Statistics of a shard's kept rows, and their exact merging.
 
-Sums run in float32 over 32 rows at a time, in blocks of at most 256 rows that are centred on their own mean, and are
+Sums run in float32 over 32 rows at a time and in float64 over these, of rows centred on their own mean. Sets of rows are
 merged in float64 by the pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for
-computing sample variances", 1979). The rounding of a block's mean is corrected by the residual sum, so massive rows
-do no harm. Everything here is a function of the numbers as stored, so whoever adopts a shard finds the same values.
+computing sample variances", 1979). The rounding of a mean is corrected by the residual sum, so massive rows do no harm. Everything here is a function of the numbers as stored, so whoever adopts a shard finds the same values.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 
 from actcache.store.dtypes import scratch
 
-_BLOCK_ROWS = 256
 _SUM_ROWS = 32
 _SAFE = (1e-12, 1e17)
 """Between these the squares of float32 numbers, summed over a block, keep their digits."""
@@ -24,7 +22,7 @@ F64 = NDArray[np.float64]
 def row_norms(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Euclidean norm of each row [r, d]; a float32 overflow is computed again in float64."""
     with np.errstate(over="ignore", invalid="ignore"):
-        norm = np.sqrt(np.einsum("rd,rd->r", x, x))
+        norm = np.sqrt(np.vecdot(x, x))
         odd = ~np.isfinite(norm)
         if odd.any():
             norm[odd] = np.sqrt((x[odd].astype(np.float64) ** 2).sum(1)).astype(np.float32)
@@ -48,16 +46,12 @@ def no_moments(width: int) -> Moments:
 
 def moments_of(x: NDArray[np.float32]) -> Moments:
     """Moments of rows [r, d]."""
-    total = no_moments(x.shape[1])
-    for start in range(0, len(x), _BLOCK_ROWS):
-        total = merge(total, _moments_of_block(x[start : start + _BLOCK_ROWS]))
-    return total
-
-
-def _moments_of_block(block: NDArray[np.float32]) -> Moments:
-    n, least, greatest = len(block), block.min(0), block.max(0)
-    centre = (column_sums(block) / n).astype(np.float32)
-    deviation = np.subtract(block, centre, out=scratch("deviation", block.shape))
+    n = len(x)
+    if not n:
+        return no_moments(x.shape[1])
+    least, greatest = x.min(0), x.max(0)
+    centre = (column_sums(x) / n).astype(np.float32)
+    deviation = np.subtract(x, centre, out=scratch("deviation", x.shape))
     largest = np.maximum(greatest - centre, centre - least)
     is_safe = (largest == 0) | ((largest > _SAFE[0]) & (largest < _SAFE[1]))
     if not is_safe.all():
