@@ -763,6 +763,118 @@ def bench_(
     out.print(f"bottleneck: {found.bottleneck}", highlight=False)
 
 
+@app.command()
+def codecs(
+    store: Annotated[
+        str | None,
+        typer.Argument(metavar="[STORE]", help="Whose rows to try them on: a folder, or an fsspec URL."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Or a model (hub id or local folder), which is run on a sample of --corpus."),
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="Text for --model: as for build.")] = None,
+    text_column: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(help="Which capture of the store, or which hook of the model. Default: resid_post."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help='Layers to try, for example "0,5,10". Default: six spread over all.')
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="For --model: stored as bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    seq_len: Annotated[int, typer.Option(help="For --model: tokens per sequence.")] = 128,
+    tokens: Annotated[int, typer.Option(help="For --model: tokens to run.")] = 8192,
+    sample: Annotated[str, typer.Option(help="Rows to try, as bytes before encoding.")] = "64MiB",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Try every codec on your own activations: ratio, speed and error of each, and which one to use."""
+    import tempfile
+
+    from actcache.store.codec_sample import compare_codecs, sample_chunks
+    from actcache.store.open import open_catalog
+    from actcache.store.present import codec_table
+
+    if (store is None) == (model is None) or (model is None) != (corpus is None):
+        raise UsageError(
+            "give a STORE, or --model and --corpus: the rows that codecs are tried on come from there"
+        )
+    with contextlib.ExitStack() as stack:
+        if model is not None and corpus is not None:
+            folder = (
+                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actcache-codecs-"))) / "s.zarr"
+            )
+            _sample_model(
+                folder, model, revision, corpus, text_column, hook, layers, dtype, tokens, seq_len, device
+            )
+            store, layers = str(folder), None
+        assert store is not None
+        catalog = open_catalog(store)
+        name = hook or ("resid_post" if "resid_post" in catalog.captures else sorted(catalog.captures)[0])
+        capture = catalog.capture(name)
+        chosen = _layers_to_try(layers, capture.capture.layers)
+        with _progress("codecs", quiet=as_json) as progress:
+            task = progress.add_task("try codecs", total=None)
+            chunks = sample_chunks(capture, catalog.shards.kept, _size(sample), chosen)
+            report = compare_codecs(chunks, capture.capture.dtype, lambda _name: progress.advance(task))
+    if as_json:
+        print(json.dumps(report.as_json()))
+        return
+    title = f"{model or store}: {report.n_rows:,} rows of {report.row_bytes} bytes, layers {', '.join(map(str, chosen))}"
+    out = Console()
+    out.print(codec_table(report, title))
+    out.print(f"* {report.recommended}: {report.reason}.", highlight=False)
+    out.print(
+        "Speeds are those of one core. FVU: error over the variance of ordinary kept rows.", style="dim"
+    )
+
+
+def _layers_to_try(text: str | None, there: tuple[int, ...]) -> tuple[int, ...]:
+    from actcache.model import parse_layers
+    from actcache.producer.sampling import spread_layers
+
+    return spread_layers(there) if text is None else parse_layers(text, max(there) + 1)
+
+
+def _sample_model(
+    out: Path,
+    model: str,
+    revision: str | None,
+    corpus: str,
+    text_column: str,
+    hook: str | None,
+    layers: str | None,
+    dtype: str,
+    tokens: int,
+    seq_len: int,
+    device: str,
+) -> None:
+    from actcache.model import load_model, load_tokenizer
+    from actcache.producer.corpus import open_corpus
+    from actcache.producer.sampling import build_sample
+
+    _choice("dtype", dtype, ("bfloat16", "float16", "float32"))
+    text = open_corpus(corpus, text_column)
+    _quiet_transformers()
+    tokenizer = load_tokenizer(model, revision)
+    decoder = load_model(model, revision=revision, device=_device(device))
+    build_sample(
+        out,
+        decoder,
+        tokenizer,
+        text,
+        hook=hook or "resid_post",
+        layers=_layers_to_try(layers, tuple(range(decoder.n_layers))),
+        dtype=dtype,
+        n_tokens=tokens,
+        seq_len=seq_len,
+    )
+
+
 # train and eval
 
 

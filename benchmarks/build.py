@@ -14,9 +14,9 @@ the same from one minute to the next:
 
 Part "writer": one shard after the other of made-up rows, not synced, CPU seconds (user and system) per GB of rows:
 
-    raw            write() of the same bytes to one file
-    writer CODEC   the shard writer with statistics;  bare: the same without
-    zarr, tensorstore, zarrs   the same array, chunks and codec written by them
+    raw, memmap    the same bytes to a plain file
+    writer CODEC   the shard writer with statistics; bare CODEC: without
+    zarr-python, tensorstore, zarrs CODEC   the same array, chunks and codec, a shard at a time
 """
 
 import argparse
@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from synthetic import make_plan
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from writer import measure_writer
 
 from actcache.model import Decoder
 from actcache.producer.build import default_encode_threads, fill_captures
@@ -221,6 +222,12 @@ def summarised(runs: list[dict]) -> dict:
     return found | {"runs": runs}
 
 
+def processor() -> str:
+    """The processor's name."""
+    with Path("/proc/cpuinfo").open() as lines:
+        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+
+
 def main() -> None:
     """Measure and print; write one JSON file."""
     parser = argparse.ArgumentParser(
@@ -242,21 +249,14 @@ def main() -> None:
     if arguments.out and arguments.out.exists():  # the parts may be measured one after the other
         found = json.loads(arguments.out.read_text())
     found["machine"] = {
-        "processor": next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").open()
-                if line.startswith("model name")
-            ),
-            "",
-        ),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
     packages = ("torch", "transformers", "numpy", "numcodecs", "zarr", "crc32c")
     found["versions"] = {name: version(name) for name in packages}
     for part in arguments.parts.split(","):
-        measured = {"build": measure_build}[part](arguments)
+        measured = {"build": measure_build, "writer": measure_writer}[part](arguments)
         measured["load"] = os.getloadavg()
         if part == "build":
             measured["methods"] = found.get(part, {}).get("methods", {}) | measured["methods"]
