@@ -17,13 +17,15 @@ from actcache.producer.forward import N_SCATTER_THREADS, Forward, make_transfer,
 from actcache.producer.pipeline import Pipeline
 from actcache.producer.plan import Settings, capture_requests, check_same, make_request, write_plan
 from actcache.producer.summary import BuildSummary, Reporter
+from actcache.producer.workers import Rank, Work, wait_for_plan
 from actcache.store.arrays import disk_dtype
-from actcache.store.create import sweep_staged
+from actcache.store.claims import Claims
+from actcache.store.create import CaptureRequest, sweep_staged
 from actcache.store.disk import Disk
 from actcache.store.ledger import ShardCommitter
 from actcache.store.objects import LocalObjects
 from actcache.store.open import CaptureCatalog, Catalog
-from actcache.store.schema import ShardRecord
+from actcache.store.schema import Request, ShardRecord
 from actcache.version import __version__
 
 _MOST_ENCODE_THREADS = 8
@@ -49,10 +51,14 @@ def build(
     corpus_name: str,
     encode_threads: int | None = None,
     allow_non_finite: bool = False,
+    rank: Rank | None = None,
+    takeover_s: float | None = None,
     reporter: Reporter | None = None,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
     """Build a store, or continue one; a finished one is left as it is.
+
+    Several processes may do so at once, with the same arguments: they share the shards out among themselves.
 
     Args:
         settings: what to build, and where.
@@ -62,6 +68,8 @@ def build(
         corpus_name: what the corpus is called in the plan.
         encode_threads: threads that compress; None: see `default_encode_threads`.
         allow_non_finite: store rows with NaN or infinity instead of stopping.
+        rank: which of several workers this is: the first plans, the others wait for it, and each begins with its share.
+        takeover_s: how long a shard that another worker has claimed is left to it; see `Work`.
         reporter: told about progress.
         on_operation: called before every step that changes the disk.
 
@@ -69,7 +77,7 @@ def build(
         PlanMismatchError: there is a store of other arguments. CorpusError: the text cannot be read or is too short.
         DiskFullError: it does not fit. NonFiniteError: the model gave NaN or infinity.
     """
-    started, reporter = time.perf_counter(), reporter or Reporter()
+    started, reporter, rank = time.perf_counter(), reporter or Reporter(), rank or Rank()
     request, captures = (
         make_request(settings, decoder, tokenizer, corpus, corpus_name),
         capture_requests(settings, decoder),
@@ -77,23 +85,9 @@ def build(
     sweep_staged(settings.out)
     if not (settings.out / "zarr.json").exists():
         _check_free(settings.out)
-        try:
-            write_plan(
-                settings,
-                request,
-                captures,
-                tokenizer,
-                corpus,
-                version=__version__,
-                on_tokens=reporter.on_tokens,
-                on_forecast=reporter.on_forecast,
-                on_operation=on_operation,
-            )
-        except FileExistsError as error:
-            if not (settings.out / "zarr.json").exists():
-                raise UsageError(
-                    f"{settings.out} appeared while the plan was written, and is not a store"
-                ) from error
+    if rank.rank == 0 or not wait_for_plan(settings.out):
+        _plan(settings, request, captures, tokenizer, corpus, reporter, on_operation)
+
     catalog = Catalog(LocalObjects(settings.out))
     check_same(catalog, request, captures)
     summary = fill_captures(
@@ -102,11 +96,44 @@ def build(
         decoder,
         encode_threads=encode_threads,
         allow_non_finite=allow_non_finite,
+        rank=rank,
+        takeover_s=takeover_s,
         reporter=reporter,
         on_operation=on_operation,
     )
     summary.elapsed_s = time.perf_counter() - started
     return summary
+
+
+def _plan(
+    settings: Settings,
+    request: Request,
+    captures: list[CaptureRequest],
+    tokenizer: Any,
+    corpus: Corpus,
+    reporter: Reporter,
+    on_operation: Callable[[str, str], None] | None,
+) -> None:
+    """Plan the store unless it is planned; of several that do so at once one is first, and the others take its plan."""
+    if (settings.out / "zarr.json").exists():
+        return
+    try:
+        write_plan(
+            settings,
+            request,
+            captures,
+            tokenizer,
+            corpus,
+            version=__version__,
+            on_tokens=reporter.on_tokens,
+            on_forecast=reporter.on_forecast,
+            on_operation=on_operation,
+        )
+    except FileExistsError as error:
+        if not (settings.out / "zarr.json").exists():
+            raise UsageError(
+                f"{settings.out} appeared while the plan was written, and is not a store"
+            ) from error
 
 
 def _check_free(out: Path) -> None:
@@ -123,6 +150,8 @@ def fill_captures(
     *,
     encode_threads: int | None = None,
     allow_non_finite: bool = False,
+    rank: Rank | None = None,
+    takeover_s: float | None = None,
     reporter: Reporter,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
@@ -130,19 +159,29 @@ def fill_captures(
     grid, root = catalog.grid, Path(catalog.objects.url)
     summary = BuildSummary(root, n_shards=grid.n_shards)
     wanted = [catalog.captures[name] for name in names]
-    left = _uncommitted(catalog, wanted)
     decoder.cut(max(max(found.capture.layers) for found in wanted))
     with Disk(root, on_operation) as disk:
         disk.sweep()
-        if left:
-            n_done = sum(len(grid.sequences_of(s)) for s in range(grid.n_shards) if s not in left)
-            reporter.on_start(n_done * grid.seq_len, grid.n_sequences * grid.seq_len)
+        work = Work(
+            catalog,
+            wanted,
+            Claims(disk),
+            rank or Rank(),
+            takeover_s=takeover_s,
+            on_committed=lambda shard: reporter.on_forward(len(grid.sequences_of(shard)) * grid.seq_len),
+        )
+        if work.left:
+            n_left = sum(len(grid.sequences_of(shard)) for shard in work.left) * grid.seq_len
+            n_tokens = grid.n_sequences * grid.seq_len
+            reporter.on_start(n_tokens - n_left, n_tokens)
+            threads = encode_threads or default_encode_threads(decoder.device.type)
             _fill(
                 catalog,
-                left,
+                wanted,
+                work,
                 disk,
                 decoder,
-                encode_threads or default_encode_threads(decoder.device.type),
+                threads,
                 summary,
                 reporter,
                 allow_non_finite=allow_non_finite,
@@ -150,18 +189,10 @@ def fill_captures(
     return summary
 
 
-def _uncommitted(catalog: Catalog, wanted: Sequence[CaptureCatalog]) -> dict[int, list[CaptureCatalog]]:
-    """Shards that some of these captures still lack, in plan order, with those captures."""
-    left: dict[int, list[CaptureCatalog]] = {}
-    for capture in wanted:
-        for shard in sorted(set(range(catalog.grid.n_shards)) - set(capture.committed())):
-            left.setdefault(shard, []).append(capture)
-    return dict(sorted(left.items()))
-
-
 def _fill(
     catalog: Catalog,
-    left: dict[int, list[CaptureCatalog]],
+    captures: Sequence[CaptureCatalog],
+    work: Work,
     disk: Disk,
     decoder: Decoder,
     encode_threads: int,
@@ -171,7 +202,6 @@ def _fill(
     allow_non_finite: bool,
 ) -> None:
     started, clock = time.perf_counter(), Clock()
-    captures = list({c.capture.name: c for of_shard in left.values() for c in of_shard}.values())
     transfer = make_transfer(decoder, catalog, captures, clock)
 
     def on_tokens(n_tokens: int) -> None:
@@ -190,6 +220,10 @@ def _fill(
     def on_adopt(capture: CaptureCatalog, record: ShardRecord) -> None:
         summary.n_adopted += 1
         count(capture, record)
+
+    def on_shard(shard: int) -> None:
+        work.done(shard)
+        reporter.on_shard(shard)
 
     def where(shard: int, row: int) -> str:
         mixed = mixed_rows(catalog, shard)
@@ -220,10 +254,11 @@ def _fill(
                 takes_turns=takes_turns(decoder.device.type),
                 on_commit=on_commit,
                 on_adopt=on_adopt,
-                on_shard=reporter.on_shard,
+                on_shard=on_shard,
             ) as pipeline:
-                for shard, of_shard in left.items():
-                    pipeline.add(shard, of_shard)
+                work.check = pipeline.check
+                for shard, missing in work:
+                    pipeline.add(shard, missing)
                 forward.finish()
                 pipeline.finish()
         finally:

@@ -87,13 +87,14 @@ class Pipeline:
     def _take_buffers(self) -> ShardBuffers:
         with self._clock.timed("wait"):
             while True:
-                self._raise_error()
+                self.check()
                 try:
                     return self._free.get(timeout=_LIVENESS_S)
                 except queue.Empty:
                     continue
 
-    def _raise_error(self) -> None:
+    def check(self) -> None:
+        """Raise what went wrong in some stage."""
         if self._error is not None:
             raise self._error
         if self._is_stopped:
@@ -104,7 +105,7 @@ class Pipeline:
     ) -> None:
         """Encode and write every capture of a shard, then give its buffers back."""
         try:
-            self._raise_error()
+            self.check()
             filling.wait()
             for i, capture in enumerate(captures):
                 name = capture.capture.name
@@ -120,7 +121,7 @@ class Pipeline:
 
     def _wait_for_commits(self) -> None:
         while not self._may_write.acquire(timeout=_LIVENESS_S):
-            self._raise_error()
+            self.check()
 
     def _finish(self, capture: CaptureCatalog, written: Written, is_last: bool) -> None:  # noqa: FBT001 - a job
         try:
@@ -141,7 +142,7 @@ class Pipeline:
         """Wait until everything added is committed; raises what went wrong."""
         self._encoding.shutdown(wait=True)
         self._finishing.shutdown(wait=True)
-        self._raise_error()
+        self.check()
 
     def __enter__(self) -> Self:
         return self

@@ -24,7 +24,7 @@ from actcache.store.arrays import (
     encode_strings,
     plan_arrays,
 )
-from actcache.store.disk import Disk, publish, remove_abandoned
+from actcache.store.disk import Disk, is_held, publish, remove_abandoned, workspaces
 from actcache.store.metadata import array_json, group_json
 from actcache.store.mixing import mix
 from actcache.store.open import capture_attributes, plan_attributes, shards_digest
@@ -61,10 +61,19 @@ class Sequences(NamedTuple):
     keep: NDArray[np.bool_]
 
 
+def _staged(final: Path) -> Iterator[Path]:
+    yield from final.parent.glob(f"{glob.escape(final.name)}.planning-{'[0-9a-f]' * 16}")
+
+
 def sweep_staged(final: Path) -> None:
     """Remove the folders in which dead processes were planning the store `final`."""
-    for left in final.parent.glob(f"{glob.escape(final.name)}.planning-{'[0-9a-f]' * 16}"):
+    for left in _staged(final):
         remove_abandoned(left)
+
+
+def is_being_planned(final: Path) -> bool:
+    """Whether a living process is planning the store `final`."""
+    return any(is_held(workspace) for folder in _staged(final) for workspace in workspaces(folder))
 
 
 @contextmanager

@@ -266,6 +266,26 @@ def remove_abandoned(root: Path) -> None:
             os.close(fd)
 
 
+def workspaces(root: Path) -> list[Path]:
+    """The workspaces of a store or of a folder that is being staged, of living and of dead producers."""
+    return [root / WORK_DIR / name for name in _names(root / WORK_DIR)]
+
+
+def is_held(workspace: Path) -> bool:
+    """Whether the process that made a workspace lives."""
+    try:
+        fd = os.open(workspace / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def _names(folder: Path) -> list[str]:
     """What is in a folder; nothing where another process has just removed it (a glob would raise)."""
     try:
