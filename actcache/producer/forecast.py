@@ -1,0 +1,196 @@
+"""The dry run: what a build would make, how large it would be and how well it could be shuffled. Writes nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from actcache.model import Decoder
+from actcache.producer.corpus import Corpus
+from actcache.producer.plan import (
+    estimate_size,
+    expected_ratio,
+    grid_of_packed,
+    known_grid,
+    pack_corpus,
+    rows_bytes,
+)
+from actcache.producer.settings import Settings, capture_requests, make_request
+from actcache.store.codec import EXPECTED_RATIO
+from actcache.store.create import CaptureRequest
+from actcache.store.schema import Grid
+
+RHO = 0.045
+"""Correlation of two rows of one layer and sequence, over all rows of all layers: 0.042 on SmolLM2-135M and 0.045 on the
+toy model in sequences of 128 tokens, 0.02 in sequences of 2,048, where rows are further apart."""
+
+WINDOW_ROWS, BATCH_ROWS = 131_072, 8_192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShuffleForecast:
+    """How well a stream of one capture would be shuffled, at the default settings of a stream.
+
+    variance_ratio   variance of batch means over that of batches drawn from all rows at random.
+    n_window_rows    N, rows of a window.        n_window_sequences   M, as many sequences as it effectively has.
+    batch_rows       b.                          rho  correlation of two rows of one sequence.
+    """
+
+    variance_ratio: float
+    n_window_rows: int
+    n_window_sequences: float
+    batch_rows: int
+    rho: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureForecast:
+    """One capture: `bytes_by_codec` is what its rows are expected to take with each codec; `codec` is the one asked for."""
+
+    name: str
+    hook: str
+    layers: tuple[int, ...]
+    width: int
+    dtype: str
+    codec: str
+    raw_bytes: int
+    bytes_by_codec: dict[str, int]
+    shuffle: ShuffleForecast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanForecast:
+    """What a build would make.
+
+    grid             every shape.
+    n_tokens         tokens in the store, padding not; at most one sequence more than asked for.
+    was_read         whether the corpus was read for it: with False it is not known whether it has so many.
+    n_documents_read, tokens_by_source, n_tokens_cut, is_short   where it was read.
+    side_bytes       tokens, row numbers, norms and statistics.
+    expected_bytes   of the whole store, with the codecs asked for.   free_bytes   where it would go.
+    n_forward_tokens positions the model runs on, padding included.   seconds  at `tokens_per_s`, if given.
+    """
+
+    grid: Grid
+    n_tokens: int
+    was_read: bool
+    n_documents_read: int | None
+    tokens_by_source: dict[str, int] | None
+    n_tokens_cut: int | None
+    is_short: bool
+    captures: tuple[CaptureForecast, ...]
+    side_bytes: int
+    expected_bytes: int
+    free_bytes: int
+    n_forward_tokens: int
+    tokens_per_s: float | None
+    seconds: float | None
+
+
+def make_forecast(
+    settings: Settings,
+    decoder: Decoder,
+    tokenizer: Any,
+    corpus: Corpus,
+    *,
+    read: bool = False,
+    tokens_per_s: float | None = None,
+    on_tokens: Callable[[int], None] = lambda _n: None,
+) -> PlanForecast:
+    """What `build` would make of the same arguments.
+
+    Args:
+        settings: as for a build.
+        decoder: the model, or its skeleton.
+        tokenizer: the tokenizer that belongs to it.
+        corpus: the text. It is read, and tokenised as a build would, where the number of tokens does not say all.
+        read: read it anyway, to know whether it has as many tokens as are asked for.
+        tokens_per_s: at which the model is expected to run.
+        on_tokens: told how many tokens were packed.
+
+    Raises:
+        CorpusError, UsageError, ModelError: as a build would.
+    """
+    request, captures = make_request(settings, decoder, tokenizer, corpus, ""), capture_requests(settings, decoder)
+    known = known_grid(request, captures)
+    packed = None
+    if known is None or read:
+        packed = pack_corpus(request, tokenizer, corpus, known, None, on_tokens)
+    grid = known if packed is None else grid_of_packed(request, captures, packed, known)
+    assert grid is not None
+    size = estimate_size(grid, captures, settings.out)
+    n_forward = grid.n_sequences * grid.seq_len
+    streams = () if packed is None else (packed.train, packed.holdout)
+    by_source = sum(s.by_source for s in streams)
+    return PlanForecast(
+        grid=grid,
+        n_tokens=sum(s.n_tokens for s in streams) if packed is not None else n_forward,
+        was_read=packed is not None,
+        n_documents_read=None if packed is None else sum(packed.n_documents_read),
+        tokens_by_source=None
+        if packed is None
+        else {source.name: int(n) for source, n in zip(corpus.sources, by_source, strict=True)},
+        n_tokens_cut=None if packed is None else sum(s.n_cut for s in streams),
+        is_short=packed is not None and packed.is_short,
+        captures=tuple(_capture_forecast(grid, capture) for capture in captures),
+        side_bytes=size.side_bytes,
+        expected_bytes=size.expected_bytes + size.side_bytes,
+        free_bytes=size.free_bytes,
+        n_forward_tokens=n_forward,
+        tokens_per_s=tokens_per_s,
+        seconds=None if tokens_per_s is None else n_forward / tokens_per_s,
+    )
+
+
+def _capture_forecast(grid: Grid, capture: CaptureRequest) -> CaptureForecast:
+    raw = rows_bytes(grid, capture)
+    return CaptureForecast(
+        name=capture.group,
+        hook=capture.hook,
+        layers=capture.layers,
+        width=capture.width,
+        dtype=capture.dtype,
+        codec=capture.codec,
+        raw_bytes=raw,
+        bytes_by_codec={codec: int(raw / expected_ratio(capture, codec)) for codec in EXPECTED_RATIO},
+        shuffle=forecast_shuffle(grid, len(capture.layers)),
+    )
+
+
+def forecast_shuffle(
+    grid: Grid,
+    n_layers: int,
+    *,
+    batch_rows: int = BATCH_ROWS,
+    window_rows: int = WINDOW_ROWS,
+    rho: float = RHO,
+) -> ShuffleForecast:
+    """How well the rows of `n_layers` layers would be shuffled by the `global` order.
+
+    A window of N rows holds g chunks of each layer, drawn from all chunks of the training part, each layer by itself.
+    Its mean varies by `s^2 (1/N + rho (1/M - 1/N))`, where 1/M is the chance that two of its rows are of one sequence:
+    `1/M = 1/(l S) * (1/g + (1 - 1/g) (c - 1)/(c n - 1)) + (1 - 1/l)/(n S)` with S sequences in a shard, c chunks of a
+    layer in it and n shards. So the variance of batch means over that of random batches is
+
+        1 + rho b ((1/M - 1/(n S)) - (1/N - 1/rows of the epoch))
+
+    (1/(n S) and 1/rows are what is left of both where a window holds everything.)
+    """
+    n_shards = grid.n_shards - grid.n_holdout_shards
+    n_chunks = grid.chunks_per_shard
+    groups = min(-(-window_rows // (n_layers * grid.rows_per_chunk)), n_shards * n_chunks)
+    per_shard = min(grid.sequences_per_shard, grid.n_sequences)
+    same_shard = 1.0
+    if n_shards * n_chunks > 1:
+        same_shard = 1 / groups + (1 - 1 / groups) * (n_chunks - 1) / (n_chunks * n_shards - 1)
+    everything = 1 / (n_shards * per_shard)
+    same_sequence = same_shard / (n_layers * per_shard) + (1 - 1 / n_layers) * everything
+    n_rows = groups * n_layers * grid.rows_per_chunk
+    n_epoch_rows = n_shards * n_chunks * n_layers * grid.rows_per_chunk
+    excess = max(0.0, (same_sequence - everything) - (1 / n_rows - 1 / n_epoch_rows))
+    return ShuffleForecast(
+        variance_ratio=1 + rho * batch_rows * excess,
+        n_window_rows=n_rows,
+        n_window_sequences=1 / same_sequence,
+        batch_rows=batch_rows,
+        rho=rho,
+    )
