@@ -194,12 +194,15 @@ def build(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to cache. Without it: the whole corpus.")] = None,
     allow_short: Annotated[
-        bool, typer.Option("--allow-short", help="With --tokens: take a corpus that has fewer as far as it goes.")
+        bool,
+        typer.Option("--allow-short", help="With --tokens: take a corpus that has fewer as far as it goes."),
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
     text_column: Annotated[
         str | None,
-        typer.Option(help="Field that holds the text: text, or messages with --chat-template, where left out."),
+        typer.Option(
+            help="Field that holds the text: text, or messages with --chat-template, where left out."
+        ),
     ] = None,
     chat_template: Annotated[
         str | None,
@@ -210,14 +213,18 @@ def build(
     ] = None,
     ids_column: Annotated[
         str | None,
-        typer.Option(help="Field that holds token ids, such as input_ids, of a corpus that is tokenised already."),
+        typer.Option(
+            help="Field that holds token ids, such as input_ids, of a corpus that is tokenised already."
+        ),
     ] = None,
     token_dtype: Annotated[
         str, typer.Option(help="Numbers in .bin files: uint16, uint32, int32 or int64.")
     ] = "uint16",
     document_tokens: Annotated[
         int | None,
-        typer.Option(help="Ids per document of .bin and flat .npy files. Without it documents end at the EOS."),
+        typer.Option(
+            help="Ids per document of .bin and flat .npy files. Without it documents end at the EOS."
+        ),
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence, the unit the model runs on.")] = 128,
     packing: Annotated[
@@ -228,7 +235,9 @@ def build(
     ] = "packed",
     isolate_documents: Annotated[
         bool,
-        typer.Option("--isolate-documents", help="Packed documents do not see each other: each as if run alone."),
+        typer.Option(
+            "--isolate-documents", help="Packed documents do not see each other: each as if run alone."
+        ),
     ] = False,
     separator: Annotated[
         str,
@@ -302,16 +311,26 @@ def build(
     _check_build_choices(options)
     _quiet_transformers()
     if add:
-        summary = _add(options, {name for name in options if ctx.get_parameter_source(name).name != "DEFAULT"})  # type: ignore[union-attr]
+        summary = _add(
+            options, {name for name in options if ctx.get_parameter_source(name).name != "DEFAULT"}
+        )  # type: ignore[union-attr]
     else:
         summary = _build_new(options)
     if as_json:
         print(json.dumps({**asdict(summary), "store": str(summary.store)}))
 
 
-_OF_THE_RUN = {"model", "out", "revision", "layers", "hook", "hook_module", "dtype", "model_dtype", "codec"} | {
-    *("shard_memory", "device", "device_map", "encode_threads", "add", "as_json")
-}
+_OF_THE_RUN = {
+    "model",
+    "out",
+    "revision",
+    "layers",
+    "hook",
+    "hook_module",
+    "dtype",
+    "model_dtype",
+    "codec",
+} | {*("shard_memory", "device", "device_map", "encode_threads", "add", "as_json")}
 """Options of `build` that go with --add; the plan of the store says the others."""
 
 
@@ -549,7 +568,9 @@ def _like_build(
 
     def wrap(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
         hints = get_type_hints(build, include_extras=True)
-        own = {p.name: p.replace(annotation=hints[p.name]) for p in inspect.signature(build).parameters.values()}
+        own = {
+            p.name: p.replace(annotation=hints[p.name]) for p in inspect.signature(build).parameters.values()
+        }
         del own["ctx"]
         last = own.pop("as_json")
         parameters = [p for p in {**own, **changed, "as_json": last}.values() if p is not None]
@@ -598,7 +619,8 @@ def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     tokens_per_s=_option(
         "tokens_per_s",
         Annotated[
-            float | None, typer.Option(help="Tokens per second that the model runs at, to say how long it takes.")
+            float | None,
+            typer.Option(help="Tokens per second that the model runs at, to say how long it takes."),
         ],
         None,
     ),

@@ -216,9 +216,7 @@ class Decoder:
             nonlocal n_wanted
             acts_qtd = _as_rows(value, *ids_qt.shape)
             if acts_qtd is None:
-                raise ModelError(
-                    f"{hook}, layer {layer}: {_shape_of(value)} where [q, t, d] was expected"
-                )
+                raise ModelError(f"{hook}, layer {layer}: {_shape_of(value)} where [q, t, d] was expected")
             on_layer(hook, layer, acts_qtd)
             n_wanted -= 1
             if n_wanted == 0:
@@ -259,7 +257,11 @@ class Decoder:
         module, place = self.place(hook, layer)
 
         def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001 - torch's signature
-            on_value(hook, layer, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+            on_value(
+                hook,
+                layer,
+                args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)),
+            )
 
         def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch's signature
             on_value(hook, layer, output[0] if isinstance(output, tuple | list) and output else output)
@@ -273,7 +275,9 @@ class Decoder:
         seen: dict[int, list[Any]] = {layer: [] for layer in layers}
         ids = torch.zeros(q, t, dtype=torch.int64, device=self.device)
         arguments: dict[str, Tensor] = {}
-        if self.device.type == "meta":  # whether a mask can be left out depends on numbers, and there are none
+        if (
+            self.device.type == "meta"
+        ):  # whether a mask can be left out depends on numbers, and there are none
             arguments["attention_mask"] = torch.zeros(q, 1, t, t, dtype=self.dtype, device="meta")
             arguments["position_ids"] = torch.arange(t, device="meta").expand(q, t)
         with (

@@ -12,7 +12,13 @@ _DIGEST_ELEMENTS = 1 << 24
 def digest_parameters(module: nn.Module) -> str:
     """Sha256 over name, dtype, shape and bytes of every parameter, in order of names; tied ones count once."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters(), key=lambda found: found[0]):
+    parameters = dict(module.named_parameters())
+    if any(
+        parameter.is_meta for parameter in parameters.values()
+    ):  # apart, tied ones are no longer one object
+        for name in getattr(module, "all_tied_weights_keys", {}):
+            parameters.pop(name, None)
+    for name, parameter in sorted(parameters.items()):
         header = f"{name} {str(parameter.dtype).removeprefix('torch.')} {list(parameter.shape)}\n"
         digest.update(header.encode())
         for part in _parts(_value(module, name, parameter)):

@@ -140,8 +140,6 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     return tokenizer
 
 
-
-
 def _parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
@@ -192,5 +190,3 @@ def _first_line(error: BaseException) -> str:
     """The first line of an error's text, ended with a full stop."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
     return line if line.endswith(".") else line + "."
-
-

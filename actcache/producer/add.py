@@ -139,7 +139,11 @@ def _find_capture(catalog: Catalog, hook: str, addition: Addition, decoder: Deco
             lacking = [layer for layer in layers if layer not in there]
             raise UsageError(
                 f"layers {both} of {hook} are in {catalog.objects.url} already (capture {name}); "
-                + (f"add the others: --layers {','.join(map(str, lacking))}" if lacking else "there is nothing to add")
+                + (
+                    f"add the others: --layers {','.join(map(str, lacking))}"
+                    if lacking
+                    else "there is nothing to add"
+                )
             )
     base, n = capture_name(hook), 1
     while (name := base if n == 1 else f"{base}.{n}") in catalog.captures:

@@ -110,7 +110,10 @@ def make_forecast(
     Raises:
         CorpusError, UsageError, ModelError: as a build would.
     """
-    request, captures = make_request(settings, decoder, tokenizer, corpus, ""), capture_requests(settings, decoder)
+    request, captures = (
+        make_request(settings, decoder, tokenizer, corpus, ""),
+        capture_requests(settings, decoder),
+    )
     known = known_grid(request, captures)
     packed = None
     if known is None or read:

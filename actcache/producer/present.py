@@ -17,11 +17,15 @@ def forecast_lines(found: PlanForecast) -> list[str]:
     if found.was_read:
         assert found.tokens_by_source is not None
         total = max(1, sum(found.tokens_by_source.values()))
-        shares = ", ".join(f"{name} {n:,} ({100 * n / total:.1f} %)" for name, n in found.tokens_by_source.items())
+        shares = ", ".join(
+            f"{name} {n:,} ({100 * n / total:.1f} %)" for name, n in found.tokens_by_source.items()
+        )
         cut = f"; {found.n_tokens_cut:,} tokens of long documents are cut off" if found.n_tokens_cut else ""
         lines.append(f"{found.n_documents_read:,} documents read; tokens: {shares}{cut}")
     else:
-        lines.append("the corpus was not read: whether it has so many tokens is known with --read, or when it is built")
+        lines.append(
+            "the corpus was not read: whether it has so many tokens is known with --read, or when it is built"
+        )
     if found.is_short:
         lines.append("the corpus is shorter than was asked for; --allow-short takes what there is")
     if found.seconds is not None:

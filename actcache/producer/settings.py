@@ -57,7 +57,9 @@ class Settings:
         if len(set(self.hooks)) != len(self.hooks) or not self.hooks:
             raise UsageError(f"hooks {list(self.hooks)}: expected each hook once")
         if self.allow_short and self.n_tokens is None:
-            raise UsageError("allow_short without tokens: the whole corpus is never too short; give --tokens too")
+            raise UsageError(
+                "allow_short without tokens: the whole corpus is never too short; give --tokens too"
+            )
         if self.isolate_documents and self.packing == "document":
             raise UsageError(
                 "isolate_documents with packing='document': a sequence holds one document already; leave one of them out"
@@ -123,8 +125,11 @@ def _check_corpus(settings: Settings, corpus: Corpus) -> None:
         names = ", ".join(source.name for source in corpus.sources)
         raise UsageError(
             f"corpora {names} with tokens={settings.n_tokens} and "
-            + ("no weights: the first would give all. Give each a share, such as a.jsonl:0.7" if corpus.weights is None else
-               "weights: shares are of a number of tokens. Give --tokens, or leave the weights out to read all of each")
+            + (
+                "no weights: the first would give all. Give each a share, such as a.jsonl:0.7"
+                if corpus.weights is None
+                else "weights: shares are of a number of tokens. Give --tokens, or leave the weights out to read all of each"
+            )
         )
 
 

@@ -175,7 +175,9 @@ class Spool:
         """What was packed."""
         shape = (self.n_sequences, self.seq_len)
         arrays = [
-            np.memmap(path, dtype="<u4", mode="r", shape=shape) if self.n_sequences else np.zeros(shape, np.uint32)
+            np.memmap(path, dtype="<u4", mode="r", shape=shape)
+            if self.n_sequences
+            else np.zeros(shape, np.uint32)
             for path in self.paths
         ] or [np.zeros((0, self.seq_len), np.uint32)] * 2
         return PackedStream(

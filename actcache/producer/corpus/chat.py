@@ -33,7 +33,13 @@ def find_template(tokenizer: PreTrainedTokenizerBase, chosen: str) -> str:
             return Path(chosen).expanduser().read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise NotFoundError(f"chat template {chosen}: no such file") from error
-    has = f"the templates {', '.join(sorted(own))}" if isinstance(own, dict) else "one, its own" if own else "none"
+    has = (
+        f"the templates {', '.join(sorted(own))}"
+        if isinstance(own, dict)
+        else "one, its own"
+        if own
+        else "none"
+    )
     raise UsageError(
         f"chat template {chosen!r}: tokenizer {tokenizer.name_or_path!r} has {has}; give 'tokenizer' for its own, the name of "
         f"one it has, or the path of a .jinja file"

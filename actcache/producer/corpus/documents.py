@@ -95,7 +95,9 @@ class Fields:
     def _ids(self, value: Any, where: str) -> NDArray[np.uint32] | None:
         ids = value if isinstance(value, np.ndarray) else _as_array(value)
         if ids is None or ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise CorpusError(f"{where}: column {self.column!r} holds no list of integers; expected token ids")
+            raise CorpusError(
+                f"{where}: column {self.column!r} holds no list of integers; expected token ids"
+            )
         if ids.size == 0:
             return None
         if ids.size > MAX_DOCUMENT_TOKENS:

@@ -115,7 +115,11 @@ class RemoteFiles:
 
     def _find(self, path: str) -> tuple[str, dict[str, Any]]:
         if _MAGIC & set(path):
-            found = {name: info for name, info in self._fs.glob(path, detail=True).items() if info["type"] == "file"}
+            found = {
+                name: info
+                for name, info in self._fs.glob(path, detail=True).items()
+                if info["type"] == "file"
+            }
             return _folder_before_magic(path), found
         if self._fs.isfile(path):
             return path.rpartition("/")[0], {path: self._fs.info(path)}
@@ -182,7 +186,9 @@ def _persist(call: Callable[[], T], shown: str) -> T:
         except FileNotFoundError as error:
             raise NotFoundError(f"{shown}: not there ({_one_line(error)})") from error
         except PermissionError as error:
-            raise UnreachableError(f"{shown}: access is refused ({_one_line(error)}). Check credentials") from error
+            raise UnreachableError(
+                f"{shown}: access is refused ({_one_line(error)}). Check credentials"
+            ) from error
         except Exception as error:  # every file system has exceptions of its own
             if attempt == _ATTEMPTS - 1:
                 raise UnreachableError(

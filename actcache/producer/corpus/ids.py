@@ -30,14 +30,18 @@ def read_npy(file: BinaryIO, name: str, n_bytes: int, fields: Fields) -> Values:
     """An array of ids [tokens], or [documents, tokens]."""
     try:
         version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
         shape, fortran_order, dtype = read(file)
     except ValueError as error:
         raise CorpusError(
             f"{name}: no array of numpy's ({error}). Ids without a header (a memmap) are read from a .bin"
         ) from error
     if dtype.kind not in "iu" or dtype != dtype.newbyteorder("<") or len(shape) not in (1, 2):
-        raise CorpusError(f"{name}: {dtype.str} {list(shape)}; expected little-endian integers [tokens] or [documents, tokens]")
+        raise CorpusError(
+            f"{name}: {dtype.str} {list(shape)}; expected little-endian integers [tokens] or [documents, tokens]"
+        )
     if fortran_order and len(shape) > 1:
         raise CorpusError(f"{name}: in Fortran order; save it again with numpy.ascontiguousarray")
     n_ids = int(np.prod(shape))

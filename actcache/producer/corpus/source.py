@@ -131,7 +131,9 @@ def open_corpus(locations: str | Path | Sequence[str | Path], fields: Fields | N
     parted = [_part(location) for location in given]
     weights = [weight for _location, weight in parted if weight is not None]
     if weights and len(weights) < len(parted):
-        raise UsageError(f"{len(weights)} of {len(parted)} corpora have a weight; give each one, such as a.jsonl:0.7")
+        raise UsageError(
+            f"{len(weights)} of {len(parted)} corpora have a weight; give each one, such as a.jsonl:0.7"
+        )
     sources = tuple(open_source(location, fields) for location, _weight in parted)
     if not weights or len(weights) == 1:
         return Corpus(sources=sources)
@@ -147,7 +149,9 @@ def _part(location: str | Path) -> tuple[str | Path, float | None]:
     try:
         weight = float(tail)
     except ValueError as error:
-        raise UsageError(f"corpus {text}: {tail!r} is no weight; expected a number above 0, as in a.jsonl:0.7") from error
+        raise UsageError(
+            f"corpus {text}: {tail!r} is no weight; expected a number above 0, as in a.jsonl:0.7"
+        ) from error
     if not 0 < weight < float("inf"):
         raise UsageError(f"corpus {text}: weight {tail}: expected a number above 0")
     return head, weight
