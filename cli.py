@@ -307,7 +307,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Run a language model over text and cache its activations. Run the same command again to continue."""
-    options = dict(ctx.params)
+    options = {name: value for name, value in locals().items() if name != "ctx"}
     _check_build_choices(options)
     _quiet_transformers()
     if add:
@@ -1325,7 +1325,7 @@ def demo(
     from actcache.model import load_model, load_tokenizer
     from actcache.producer import samples
     from actcache.producer.corpus import open_corpus
-    from actcache.producer.plan import Settings
+    from actcache.producer.settings import Settings
     from trainer.config import TrainConfig
 
     started = time.perf_counter()

@@ -22,7 +22,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from actcache.model import Decoder
 from actcache.producer.build import build
 from actcache.producer.corpus import Corpus, open_corpus
-from actcache.producer.plan import Settings
+from actcache.producer.settings import Settings
 from actcache.store import disk as disk_module
 from actcache.store.arrays import NO_DOCUMENT, disk_dtype
 from actcache.store.create import CaptureRequest, create_plan, staging

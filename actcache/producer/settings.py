@@ -200,7 +200,17 @@ def list_differences(there: Any, here: Any, path: str) -> list[str]:
             for key in sorted({*there, *here})
             for line in list_differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
         ]
+    if _are_records(there) and _are_records(here) and len(there) == len(here):
+        return [
+            line
+            for i, pair in enumerate(zip(there, here, strict=True))
+            for line in list_differences(*pair, f"{path}.{i}" if len(here) > 1 else path)
+        ]
     return [] if there == here else [f"{path} is {_short(there)} there and {_short(here)} here"]
+
+
+def _are_records(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _short(value: Any) -> str:

@@ -994,7 +994,7 @@ def test_another_source_is_refused(tmp_path):
     with pytest.raises(PlanMismatchError, match="mlp_out"):
         import_activations(open_source(folder, hook="mlp_out"), settings(out))
     np.save(folder / "tokens.npy", make_tokens())
-    with pytest.raises(PlanMismatchError, match=r"corpus\.files"):
+    with pytest.raises(PlanMismatchError, match=r"corpus\.sources\.files"):
         import_activations(open_source(folder), settings(out))
     (folder / "tokens.npy").unlink()
     acts[3][12, 5, 3] += 1

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import CorpusError, PlanMismatchError, UsageError
 from actcache.producer.importing.source import TOKENS_AT_A_TIME, Facts, Fingerprint, Source
-from actcache.producer.plan import check_same
+from actcache.producer.settings import check_same
 from actcache.producer.tokens import keep_mask, sequence_order
 from actcache.store import keyed
 from actcache.store.arrays import NO_DOCUMENT
