@@ -125,10 +125,10 @@ class Decoder:
             UsageError: an unknown hook or layer, or a module whose input or output is not one vector for every token.
         """
         spelled = self.spell(hook)
-        if ":" not in spelled:
-            return self.width
         layers = range(len(self.blocks)) if layers is None else layers
         self._check_layers(spelled, layers)
+        if ":" not in spelled:
+            return self.width
         found = [self._dry_widths(spelled, layers, *shape) for shape in _DRY_SHAPES]
         widths = {width for widths in found for width in widths.values()}
         if len(widths) != 1:
