@@ -74,7 +74,7 @@ class PlanForecast:
     n_tokens: int
     was_read: bool
     n_documents_read: int | None
-    tokens_by_source: dict[str, int] | None
+    tokens_by_source: tuple[tuple[str, int], ...] | None
     n_tokens_cut: int | None
     is_short: bool
     captures: tuple[CaptureForecast, ...]
@@ -131,7 +131,7 @@ def make_forecast(
         n_documents_read=None if packed is None else sum(packed.n_documents_read),
         tokens_by_source=None
         if packed is None
-        else {source.name: int(n) for source, n in zip(corpus.sources, by_source, strict=True)},
+        else tuple((source.name, int(n)) for source, n in zip(corpus.sources, by_source, strict=True)),
         n_tokens_cut=None if packed is None else sum(s.n_cut for s in streams),
         is_short=packed is not None and packed.is_short,
         captures=tuple(_capture_forecast(grid, capture) for capture in captures),
@@ -169,31 +169,33 @@ def forecast_shuffle(
 ) -> ShuffleForecast:
     """How well the rows of `n_layers` layers would be shuffled by the `global` order.
 
-    A window of N rows holds g chunks of each layer, drawn from all chunks of the training part, each layer by itself.
-    Its mean varies by `s^2 (1/N + rho (1/M - 1/N))`, where 1/M is the chance that two of its rows are of one sequence:
-    `1/M = 1/(l S) * (1/g + (1 - 1/g) (c - 1)/(c n - 1)) + (1 - 1/l)/(n S)` with S sequences in a shard, c chunks of a
-    layer in it and n shards. So the variance of batch means over that of random batches is
+    A window of N rows holds g chunks of each layer, drawn from all chunks of the training part, each layer by itself. Its
+    mean varies by `s^2 (1/N + rho (1/M - 1/N))`, where 1/M - 1/N is the chance that two of its rows are of one sequence:
 
-        1 + rho b ((1/M - 1/(n S)) - (1/N - 1/rows of the epoch))
+        1/M - 1/N = 1/l * (1/g + (1 - 1/g) (c - 1)/(c n - 1)) * (t - 1)/(S t)  +  (1 - 1/l) / (n S)
 
-    (1/(n S) and 1/rows are what is left of both where a window holds everything.)
+    with l layers, c chunks of a layer in a shard, n shards, S sequences of t tokens in each. A batch is b rows of a window,
+    so the variance of batch means over that of random batches is
+
+        1 + rho b ((1/M - 1/N) - (1/l * (t - 1)/(n S t) + (1 - 1/l) / (n S)))
+
+    where the last term is what 1/M - 1/N is of a window that holds everything: such a one is as good as random.
     """
     n_shards = grid.n_shards - grid.n_holdout_shards
-    n_chunks = grid.chunks_per_shard
+    n_chunks, per_shard = grid.chunks_per_shard, min(grid.sequences_per_shard, grid.n_sequences)
     groups = min(-(-window_rows // (n_layers * grid.rows_per_chunk)), n_shards * n_chunks)
-    per_shard = min(grid.sequences_per_shard, grid.n_sequences)
+    n_rows = groups * n_layers * grid.rows_per_chunk
     same_shard = 1.0
     if n_shards * n_chunks > 1:
         same_shard = 1 / groups + (1 - 1 / groups) * (n_chunks - 1) / (n_chunks * n_shards - 1)
-    everything = 1 / (n_shards * per_shard)
-    same_sequence = same_shard / (n_layers * per_shard) + (1 - 1 / n_layers) * everything
-    n_rows = groups * n_layers * grid.rows_per_chunk
-    n_epoch_rows = n_shards * n_chunks * n_layers * grid.rows_per_chunk
-    excess = max(0.0, (same_sequence - everything) - (1 / n_rows - 1 / n_epoch_rows))
+    in_shard = (grid.seq_len - 1) / (per_shard * grid.seq_len)
+    of_others = (1 - 1 / n_layers) / (n_shards * per_shard)
+    same_sequence = same_shard * in_shard / n_layers + of_others
+    everywhere = in_shard / n_shards / n_layers + of_others
     return ShuffleForecast(
-        variance_ratio=1 + rho * batch_rows * excess,
+        variance_ratio=1 + rho * batch_rows * max(0.0, same_sequence - everywhere),
         n_window_rows=n_rows,
-        n_window_sequences=1 / same_sequence,
+        n_window_sequences=1 / (same_sequence + 1 / n_rows),
         batch_rows=batch_rows,
         rho=rho,
     )

@@ -16,10 +16,8 @@ def forecast_lines(found: PlanForecast) -> list[str]:
     ]
     if found.was_read:
         assert found.tokens_by_source is not None
-        total = max(1, sum(found.tokens_by_source.values()))
-        shares = ", ".join(
-            f"{name} {n:,} ({100 * n / total:.1f} %)" for name, n in found.tokens_by_source.items()
-        )
+        total = max(1, sum(n for _name, n in found.tokens_by_source))
+        shares = ", ".join(f"{name} {n:,} ({100 * n / total:.1f} %)" for name, n in found.tokens_by_source)
         cut = f"; {found.n_tokens_cut:,} tokens of long documents are cut off" if found.n_tokens_cut else ""
         lines.append(f"{found.n_documents_read:,} documents read; tokens: {shares}{cut}")
     else:
