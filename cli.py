@@ -311,9 +311,10 @@ def build(
     _check_build_choices(options)
     _quiet_transformers()
     if add:
+        said = {name: ctx.get_parameter_source(name) for name in options}
         summary = _add(
-            options, {name for name in options if ctx.get_parameter_source(name).name != "DEFAULT"}
-        )  # type: ignore[union-attr]
+            options, {name for name, source in said.items() if source and source.name != "DEFAULT"}
+        )
     else:
         summary = _build_new(options)
     if as_json:
@@ -321,16 +322,20 @@ def build(
 
 
 _OF_THE_RUN = {
-    "model",
-    "out",
-    "revision",
-    "layers",
-    "hook",
-    "hook_module",
-    "dtype",
-    "model_dtype",
-    "codec",
-} | {*("shard_memory", "device", "device_map", "encode_threads", "add", "as_json")}
+    *(
+        "model",
+        "out",
+        "revision",
+        "layers",
+        "hook",
+        "hook_module",
+        "dtype",
+        "model_dtype",
+        "codec",
+        "shard_memory",
+    ),
+    *("device", "device_map", "encode_threads", "add", "as_json"),
+}
 """Options of `build` that go with --add; the plan of the store says the others."""
 
 

@@ -66,7 +66,7 @@ def test_plan_says_what_build_would_make_and_writes_nothing(call, tmp_path, monk
     assert found["grid"] == grid.as_json()
     assert found["n_tokens"] == 3000
     assert found["seconds"] == 30
-    assert found["tokens_by_source"] == [["sotu.jsonl", 3000]]
+    assert found["text"]["tokens_by_source"] == [["sotu.jsonl", 3000]]
     assert found["captures"][0]["bytes_by_codec"]["none"] == 3000 * 2 * 128 * 2
     said = call(
         *arguments, "--hook-module", "gpt_neox.layers.{}.mlp.dense_h_to_4h:in", "--tokens-per-s", 100

@@ -6,6 +6,7 @@ from typing import Any
 
 from actcache.model import Decoder
 from actcache.producer.corpus import Corpus
+from actcache.producer.packing import PackedTokens
 from actcache.producer.plan import (
     estimate_size,
     expected_ratio,
@@ -58,13 +59,28 @@ class CaptureForecast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextForecast:
+    """What the corpus gave, read as a build would read it.
+
+    n_documents_read   documents taken.
+    tokens_by_source   name and tokens of each source.
+    n_tokens_cut       tokens of documents longer than the sequence they have to themselves.
+    is_short           less than was asked for, and that was allowed.
+    """
+
+    n_documents_read: int
+    tokens_by_source: tuple[tuple[str, int], ...]
+    n_tokens_cut: int
+    is_short: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanForecast:
     """What a build would make.
 
     grid             every shape.
     n_tokens         tokens in the store, padding not; at most one sequence more than asked for.
-    was_read         whether the corpus was read for it: with False it is not known whether it has so many.
-    n_documents_read, tokens_by_source, n_tokens_cut, is_short   where it was read.
+    text             what reading the corpus gave; None where it was not read: whether it has so many is then not known.
     side_bytes       tokens, row numbers, norms and statistics.
     expected_bytes   of the whole store, with the codecs asked for.   free_bytes   where it would go.
     n_forward_tokens positions the model runs on, padding included.   seconds  at `tokens_per_s`, if given.
@@ -72,11 +88,7 @@ class PlanForecast:
 
     grid: Grid
     n_tokens: int
-    was_read: bool
-    n_documents_read: int | None
-    tokens_by_source: tuple[tuple[str, int], ...] | None
-    n_tokens_cut: int | None
-    is_short: bool
+    text: TextForecast | None
     captures: tuple[CaptureForecast, ...]
     side_bytes: int
     expected_bytes: int
@@ -110,10 +122,8 @@ def make_forecast(
     Raises:
         CorpusError, UsageError, ModelError: as a build would.
     """
-    request, captures = (
-        make_request(settings, decoder, tokenizer, corpus, ""),
-        capture_requests(settings, decoder),
-    )
+    request = make_request(settings, decoder, tokenizer, corpus, "")
+    captures = capture_requests(settings, decoder)
     known = known_grid(request, captures)
     packed = None
     if known is None or read:
@@ -122,18 +132,10 @@ def make_forecast(
     assert grid is not None
     size = estimate_size(grid, captures, settings.out)
     n_forward = grid.n_sequences * grid.seq_len
-    streams = () if packed is None else (packed.train, packed.holdout)
-    by_source = sum(s.by_source for s in streams)
     return PlanForecast(
         grid=grid,
-        n_tokens=sum(s.n_tokens for s in streams) if packed is not None else n_forward,
-        was_read=packed is not None,
-        n_documents_read=None if packed is None else sum(packed.n_documents_read),
-        tokens_by_source=None
-        if packed is None
-        else tuple((source.name, int(n)) for source, n in zip(corpus.sources, by_source, strict=True)),
-        n_tokens_cut=None if packed is None else sum(s.n_cut for s in streams),
-        is_short=packed is not None and packed.is_short,
+        n_tokens=n_forward if packed is None else packed.train.n_tokens + packed.holdout.n_tokens,
+        text=None if packed is None else _text_forecast(packed, corpus),
         captures=tuple(_capture_forecast(grid, capture) for capture in captures),
         side_bytes=size.side_bytes,
         expected_bytes=size.expected_bytes + size.side_bytes,
@@ -141,6 +143,16 @@ def make_forecast(
         n_forward_tokens=n_forward,
         tokens_per_s=tokens_per_s,
         seconds=None if tokens_per_s is None else n_forward / tokens_per_s,
+    )
+
+
+def _text_forecast(packed: PackedTokens, corpus: Corpus) -> TextForecast:
+    names = (source.name for source in corpus.sources)
+    return TextForecast(
+        n_documents_read=sum(packed.n_documents_read),
+        tokens_by_source=tuple(zip(names, packed.by_source.tolist(), strict=True)),
+        n_tokens_cut=packed.train.n_cut + packed.holdout.n_cut,
+        is_short=packed.is_short,
     )
 
 

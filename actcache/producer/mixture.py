@@ -36,7 +36,7 @@ class TokenSource:
 class Numbered(NamedTuple):
     """A document with its number in its source."""
 
-    index: int
+    number: int
     document: Document
 
     @property
@@ -62,31 +62,31 @@ class _Reader:
     def peek(self) -> Numbered | None:
         """The next document; None where there is no more."""
         if not self._ahead:
-            n_characters, index = 0, self.n_read
+            n_characters, number = 0, self.n_read
             while n_characters < _BATCH_CHARACTERS and len(self._ahead) < _MOST_BATCH_DOCUMENTS:
                 document = next(self._documents, None)
                 if document is None:
                     break
-                self._ahead.append(Numbered(index, document))
+                self._ahead.append(Numbered(number, document))
                 n_characters += len(document)
-                index += 1
+                number += 1
         return self._ahead[0] if self._ahead else None
 
     def pop(self) -> None:
         """Go past the next document."""
-        self._ids.pop(self._ahead.popleft().index, None)
+        self._ids.pop(self._ahead.popleft().number, None)
         self.n_read += 1
 
     def ids(self, *, alone: bool) -> NDArray[np.uint32]:
         """Ids of the next document, with its separator; of all that were read ahead too, unless `alone`."""
         first = self._ahead[0]
-        if first.index not in self._ids:
+        if first.number not in self._ids:
             wanted = [first] if alone else list(self._ahead)
-            texts = [(n.index, n.document) for n in wanted if isinstance(n.document, str)]
-            self._ids |= {n.index: n.document for n in wanted if not isinstance(n.document, str)}
+            texts = [(n.number, n.document) for n in wanted if isinstance(n.document, str)]
+            self._ids |= {n.number: n.document for n in wanted if not isinstance(n.document, str)}
             found = tokenise([text for _i, text in texts], self._tokenizer, self._vocab_size)
             self._ids |= {i: ids for (i, _text), ids in zip(texts, found, strict=True)}
-        ids = self._ids[first.index]
+        ids = self._ids[first.number]
         return ids if self.source.separator is None else np.insert(ids, 0, np.uint32(self.source.separator))
 
 
@@ -125,7 +125,7 @@ class Mixture:
             at = self._choose()
             found = self._readers[at].peek()
             if found is not None:
-                number = found.index * len(self._readers) + at
+                number = found.number * len(self._readers) + at
                 if number >= PAD_DOCUMENT:
                     raise CorpusError(
                         f"more than {PAD_DOCUMENT} documents; their numbers are 32 bits. Join short documents"
@@ -156,7 +156,7 @@ class Mixture:
 
 
 class Drawn(NamedTuple):
-    """The next document of a mixture: look at it, then `take` or `skip` it."""
+    """The next document of a mixture, and its number among all; `done` goes past it."""
 
     reader: _Reader
     document: Numbered

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import CorpusError, UsageError
@@ -84,6 +85,11 @@ class PackedTokens:
     n_documents_read: tuple[int, ...]
     text_digest: str
     is_short: bool
+
+    @property
+    def by_source(self) -> NDArray[np.int64]:
+        """[source] tokens in both parts."""
+        return self.train.by_source + self.holdout.by_source
 
 
 def pack(

@@ -171,7 +171,6 @@ def grid_of_packed(
 
 def _text_record(packed: PackedTokens, corpus: Corpus) -> TextRecord:
     streams = (packed.train, packed.holdout)
-    by_source = sum(s.by_source for s in streams)
     return TextRecord(
         n_documents_read=sum(packed.n_documents_read),
         n_documents_used=sum(s.n_documents for s in streams),
@@ -181,7 +180,7 @@ def _text_record(packed: PackedTokens, corpus: Corpus) -> TextRecord:
         n_tokens_cut=sum(s.n_cut for s in streams),
         sources=tuple(
             SourceCount(n_documents_read=n_read, n_tokens=int(n_tokens))
-            for n_read, n_tokens in zip(packed.n_documents_read, by_source, strict=True)
+            for n_read, n_tokens in zip(packed.n_documents_read, packed.by_source, strict=True)
         ),
         digest=packed.text_digest,
     )

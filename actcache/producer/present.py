@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from actcache.producer.forecast import PlanForecast
+from actcache.producer.forecast import PlanForecast, TextForecast
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -14,18 +14,12 @@ def forecast_lines(found: PlanForecast) -> list[str]:
         f"{found.n_tokens:,} tokens in {grid.n_sequences:,} sequences of {grid.seq_len}, {grid.n_shards} shards of "
         f"{grid.sequences_per_shard:,} sequences, {grid.n_holdout_shards} held out; chunks of {grid.rows_per_chunk} rows"
     ]
-    if found.was_read:
-        assert found.tokens_by_source is not None
-        total = max(1, sum(n for _name, n in found.tokens_by_source))
-        shares = ", ".join(f"{name} {n:,} ({100 * n / total:.1f} %)" for name, n in found.tokens_by_source)
-        cut = f"; {found.n_tokens_cut:,} tokens of long documents are cut off" if found.n_tokens_cut else ""
-        lines.append(f"{found.n_documents_read:,} documents read; tokens: {shares}{cut}")
-    else:
+    if found.text is None:
         lines.append(
             "the corpus was not read: whether it has so many tokens is known with --read, or when it is built"
         )
-    if found.is_short:
-        lines.append("the corpus is shorter than was asked for; --allow-short takes what there is")
+    else:
+        lines += _text_lines(found.text)
     if found.seconds is not None:
         lines.append(
             f"{found.n_forward_tokens:,} positions at {found.tokens_per_s:,.0f} tokens/s: {_duration(found.seconds)}"
@@ -34,6 +28,16 @@ def forecast_lines(found: PlanForecast) -> list[str]:
         f"on disk about {_size(found.expected_bytes)} ({_size(found.side_bytes)} of it tokens, row numbers, norms and "
         f"statistics); {_size(found.free_bytes)} free"
     )
+    return lines
+
+
+def _text_lines(text: TextForecast) -> list[str]:
+    total = max(1, sum(n for _name, n in text.tokens_by_source))
+    shares = ", ".join(f"{name} {n:,} ({100 * n / total:.1f} %)" for name, n in text.tokens_by_source)
+    cut = f"; {text.n_tokens_cut:,} tokens of long documents are cut off" if text.n_tokens_cut else ""
+    lines = [f"{text.n_documents_read:,} documents read; tokens: {shares}{cut}"]
+    if text.is_short:
+        lines.append("the corpus is shorter than was asked for: --allow-short takes what there is")
     return lines
 
 

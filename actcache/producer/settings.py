@@ -82,7 +82,7 @@ def make_request(settings: Settings, decoder: Decoder, tokenizer: Any, corpus: C
     if settings.isolate_documents and decoder.has_weights:
         check_isolation(decoder)
     sources = tuple(_source_record(settings, tokenizer, corpus, i) for i in range(len(corpus.sources)))
-    separators = {source.separator_id for source in sources} - {None}
+    separators = {source.separator_id for source in sources if source.separator_id is not None}
     templates = {source.fields.template for source in corpus.sources if source.fields.template is not None}
     return Request(
         model=ModelRecord(

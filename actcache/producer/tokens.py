@@ -72,8 +72,9 @@ def separator_id(tokenizer: PreTrainedTokenizerBase, chosen: Separator = "auto")
     ids = {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id}
     wanted = {"auto": ("eos", "bos"), "eos": ("eos",), "bos": ("bos",), "none": ()}[chosen]
     for name in wanted:
-        if isinstance(ids[name], int):
-            return ids[name]
+        token_id = ids[name]
+        if isinstance(token_id, int):
+            return token_id
     if not wanted:
         return None
     lacking = {"auto": "neither an EOS nor a BOS token", "eos": "no EOS token", "bos": "no BOS token"}[chosen]

@@ -62,7 +62,7 @@ def test_a_build_makes_what_was_foretold(kit, tmp_path, skeleton, changes, read)
     store = actcache.open(tmp_path / "s.zarr")
     grid = store.plan.grid
     is_read = read or changes.get("n_tokens", 0) is None or "packing" in changes
-    assert found.was_read == is_read
+    assert (found.text is not None) == is_read
     if is_read or "allow_short" not in changes:
         assert found.grid == grid
         assert found.n_tokens == store.n_tokens
@@ -71,13 +71,13 @@ def test_a_build_makes_what_was_foretold(kit, tmp_path, skeleton, changes, read)
         raw = {c.name: grid.n_sequences * grid.seq_len * 2 * c.width * 2 for c in found.captures}
         assert {c.name: c.raw_bytes for c in found.captures} == raw
         assert sum(raw.values()) >= summary.raw_bytes
-    if is_read:
-        assert found.n_documents_read == store.plan.text.n_documents_read
-        assert found.tokens_by_source == ((kit.corpus.sources[0].name, store.plan.text.sources[0].n_tokens),)
-        assert found.n_tokens_cut == store.plan.text.n_tokens_cut
-        assert found.is_short == ("allow_short" in changes)
-    else:
-        assert (found.n_documents_read, found.tokens_by_source, found.n_tokens_cut) == (None, None, None)
+    if found.text is not None:
+        assert found.text.n_documents_read == store.plan.text.n_documents_read
+        assert found.text.tokens_by_source == (
+            (kit.corpus.sources[0].name, store.plan.text.sources[0].n_tokens),
+        )
+        assert found.text.n_tokens_cut == store.plan.text.n_tokens_cut
+        assert found.text.is_short == ("allow_short" in changes)
     assert [(c.name, c.hook, c.width) for c in found.captures] == [
         ("resid_post", "resid_post", 16),
         ("mlp.dense_h_to_4h.out", UP, 32),
@@ -103,7 +103,7 @@ def test_it_goes_on_where_a_build_would_stop_for_lack_of_room(kit, tmp_path, ske
 def test_what_a_build_refuses_it_refuses(kit, tmp_path, skeleton):
     with pytest.raises(CorpusError, match="the corpus is too short"):
         foretell(kit, small_settings(tmp_path / "s.zarr", n_tokens=100_000), skeleton, read=True)
-    assert not foretell(kit, small_settings(tmp_path / "s.zarr", n_tokens=100_000), skeleton).was_read
+    assert not foretell(kit, small_settings(tmp_path / "s.zarr", n_tokens=100_000), skeleton).text
     with pytest.raises(UsageError, match="has no module 'nose'"):
         foretell(kit, small_settings(tmp_path / "s.zarr", hooks=("layers.*.nose",)), skeleton)
     with pytest.raises(UsageError, match="none is left to train on"):
@@ -120,8 +120,8 @@ def test_what_people_see(kit, tmp_path, skeleton):
     assert lines[0].startswith(
         "608 tokens in 38 sequences of 16, 5 shards of 8 sequences, 0 held out; chunks of 32 rows"
     )
-    assert found.tokens_by_source is not None
-    assert [name for name, _n in found.tokens_by_source] == ["a", "b"]
+    assert found.text is not None
+    assert [name for name, _n in found.text.tokens_by_source] == ["a", "b"]
     assert lines[1].startswith("6 documents read; tokens: a 2"), lines
     assert "608 positions at 0 tokens/s: 1 h 41 min" in lines
     console = Console(width=100, record=True, file=io.StringIO())
@@ -131,7 +131,8 @@ def test_what_people_see(kit, tmp_path, skeleton):
         assert word in said
     assert said.count("*") == 2
     assert "Nothing was written" in forecast_notes(found)
-    short = dataclasses.replace(found, is_short=True, n_tokens_cut=7, seconds=None)
+    text = dataclasses.replace(found.text, is_short=True, n_tokens_cut=7)
+    short = dataclasses.replace(found, text=text, seconds=None)
     assert any("shorter than was asked for" in line for line in forecast_lines(short))
     assert any("7 tokens of long documents are cut off" in line for line in forecast_lines(short))
     unread = foretell(kit, small_settings(tmp_path / "s.zarr"), skeleton)
