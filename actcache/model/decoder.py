@@ -55,7 +55,7 @@ class Decoder:
         self._family: Family = find_family(causal_lm.config, name or type(causal_lm).__name__)
         self.config: Any = text_config(causal_lm.config)
         self.causal_lm: PreTrainedModel | None = causal_lm.eval().requires_grad_(requires_grad=False)
-        self.base = cast(PreTrainedModel, causal_lm.get_decoder())
+        self.base = _find_decoder(causal_lm, self._family.blocks)
         self._prefix = next(path for path, module in causal_lm.named_modules() if module is self.base)
         self.name = name
         self.revision = revision
@@ -284,7 +284,15 @@ class Decoder:
             torch.inference_mode(),
             self._listening({hook: layers}, lambda _hook, layer, value: seen[layer].append(value)),
         ):
-            self.base(input_ids=ids, use_cache=False, **arguments)
+            try:
+                self.base(input_ids=ids, use_cache=False, **arguments)
+            except RuntimeError as error:
+                if self.has_weights:
+                    raise
+                raise UsageError(
+                    f"hook {hook}: this version of transformers cannot tell the width of a module of {self.family} without "
+                    f"weights ({error}). Upgrade transformers to 5, or build without the dry run"
+                ) from error
         widths = {}
         for layer, values in seen.items():
             rows = _as_rows(values[0], q, t) if len(values) == 1 else None
@@ -334,6 +342,16 @@ class Decoder:
             raise UsageError(f"{what}: no layers {wrong}; the model has 0 to {n_left - 1}{was_cut}")
         if len(set(layers)) != len(layers):
             raise UsageError(f"{what}: layers {list(layers)} name one twice; give each once")
+
+
+def _find_decoder(causal_lm: PreTrainedModel, blocks: str) -> PreTrainedModel:
+    """The part of a model that holds the blocks; versions of transformers differ in what they call the decoder."""
+    base = causal_lm.base_model
+    named = (getattr(base, name, None) for name in ("decoder", "language_model", "text_model"))
+    for candidate in (causal_lm.get_decoder(), base, *named):
+        if isinstance(getattr(candidate, blocks, None), nn.ModuleList):
+            return cast(PreTrainedModel, candidate)
+    raise ModelError(f"{type(causal_lm).__name__}: no blocks ({blocks}) in it, nor in its decoder")
 
 
 def _as_rows(value: Any, q: int, t: int) -> Tensor | None:

@@ -19,7 +19,7 @@ from transformers import (
 
 from actcache.errors import ModelError, NotFoundError, UsageError
 from actcache.model.decoder import Decoder
-from actcache.model.families import FAMILIES, find_family
+from actcache.model.families import FAMILIES, find_family, text_config
 
 
 def load_model(
@@ -59,6 +59,7 @@ def load_model(
             revision=revision or "main",
             dtype=torch_dtype,
             device_map=device_map,
+            attn_implementation=_attention(config),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
@@ -96,6 +97,11 @@ def load_skeleton(name: str | Path, *, revision: str | None = None) -> Decoder:
     with torch.device("meta"):
         causal_lm = _auto_class(config, source).from_config(config)
     return Decoder(causal_lm, name=str(name), revision=getattr(config, "_commit_hash", None) or revision)
+
+
+def _attention(config: PretrainedConfig) -> str | None:
+    """Scores that are capped (Gemma 2) need eager attention: sdpa leaves the cap out, in some versions without a word."""
+    return "eager" if getattr(text_config(config), "attn_logit_softcapping", None) is not None else None
 
 
 def _auto_class(config: PretrainedConfig, source: str) -> Any:

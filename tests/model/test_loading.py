@@ -224,3 +224,29 @@ def test_device_map_without_accelerate_says_what_to_install(monkeypatch):
         match=r"device map 'auto'.*accelerate is not installed; run: pip install 'actcache\[accelerate\]'",
     ):
         load_model(TINY_NEOX, device_map="auto")
+
+
+def test_capped_scores_are_computed_as_such(tmp_path, monkeypatch):
+    """Gemma 2 caps attention scores; an implementation that leaves the cap out would give other rows."""
+    whole = make("gemma2")
+    whole.config.attn_logit_softcapping = 0.5
+    whole.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config._attn_implementation == "eager"
+    ids = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
+    capped = loaded.capture(ids, {"attn_out": (0,)})["attn_out", 0]
+    for block in loaded.blocks:
+        block.self_attn.attn_logit_softcapping = None
+    assert not torch.allclose(loaded.capture(ids, {"attn_out": (0,)})["attn_out", 0], capped, atol=1e-3)
+
+
+def test_a_skeleton_that_cannot_tell_a_width_says_so(folder, monkeypatch):
+    skeleton = load_skeleton(folder)
+
+    def fail(**_):
+        raise RuntimeError("unsupported scalarType")
+
+    monkeypatch.setattr(skeleton.base, "forward", fail)
+    with pytest.raises(UsageError, match=r"cannot tell the width of a module of gpt_neox without weights"):
+        skeleton.hook_width("layers.*.mlp:in")
+    assert skeleton.hook_width("mlp_in") == 128
