@@ -321,21 +321,12 @@ def build(
         print(json.dumps({**asdict(summary), "store": str(summary.store)}))
 
 
-_OF_THE_RUN = {
-    *(
-        "model",
-        "out",
-        "revision",
-        "layers",
-        "hook",
-        "hook_module",
-        "dtype",
-        "model_dtype",
-        "codec",
-        "shard_memory",
-    ),
-    *("device", "device_map", "encode_threads", "add", "as_json"),
-}
+_OF_THE_RUN = frozenset(
+    (
+        *("model", "out", "revision", "layers", "hook", "hook_module", "dtype", "model_dtype", "codec"),
+        *("shard_memory", "device", "device_map", "encode_threads", "add", "as_json"),
+    )
+)
 """Options of `build` that go with --add; the plan of the store says the others."""
 
 
@@ -407,10 +398,10 @@ def _build_new(options: dict[str, Any]) -> "BuildSummary":
     from actcache.model import load_skeleton, load_tokenizer
 
     tokenizer = load_tokenizer(options["model"], options["revision"])
-    n_ids = load_skeleton(options["model"], revision=options["revision"]).vocab_size
-    corpus, name = _open_corpus(options, tokenizer, n_ids)
+    skeleton = load_skeleton(options["model"], revision=options["revision"])
+    corpus, name = _open_corpus(options, tokenizer, skeleton.vocab_size)
+    settings = _settings(options, skeleton.n_layers)  # mistakes are found before weights are loaded
     decoder = _load(options, options["model_dtype"], options["device"])
-    settings = _settings(options, decoder.n_layers)
     return _build(
         settings, decoder, tokenizer, corpus, name, options["encode_threads"], quiet=options["as_json"]
     )

@@ -21,6 +21,8 @@ from actcache.errors import ModelError, NotFoundError, UsageError
 from actcache.model.decoder import Decoder
 from actcache.model.families import FAMILIES, find_family, text_config
 
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 def load_model(
     name: str | Path,
@@ -119,6 +121,8 @@ def _auto_class(config: PretrainedConfig, source: str) -> Any:
 
 
 def _check_accelerate(device_map: str) -> None:
+    if device_map not in _DEVICE_MAPS:
+        raise UsageError(f"device map {device_map!r}: expected one of {', '.join(_DEVICE_MAPS)}")
     if importlib.util.find_spec("accelerate") is None:
         raise UsageError(
             f"device map {device_map!r}: the package accelerate is not installed; run: pip install 'actcache[accelerate]'"

@@ -1,7 +1,7 @@
 """Which source the next document comes from, and its token ids: several corpora in given shares of the tokens."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,10 @@ from actcache.producer.tokens import PAD_DOCUMENT, tokenise
 
 _BATCH_CHARACTERS = 1 << 18
 _MOST_BATCH_DOCUMENTS = 1 << 12
+
+
+HeldOut = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+"""Which documents, by number, are held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +38,11 @@ class TokenSource:
 
 
 class Numbered(NamedTuple):
-    """A document with its number in its source."""
+    """A document with its number in the corpus, and whether it is held out."""
 
     number: int
     document: Document
+    is_held_out: bool
 
     @property
     def raw(self) -> bytes:
@@ -50,9 +55,17 @@ class Numbered(NamedTuple):
 class _Reader:
     """Documents of one source, read ahead a batch at a time, because tokenisers are fast on batches."""
 
-    def __init__(self, source: TokenSource, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    def __init__(
+        self,
+        source: TokenSource,
+        numbers: range,
+        held_out: HeldOut,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+    ) -> None:
         self.source = source
         self._documents: Iterator[Document] = iter(source.documents)
+        self._numbers, self._held_out = numbers, held_out
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._ahead: deque[Numbered] = deque()
         self._ids: dict[int, NDArray[np.uint32]] = {}
@@ -62,15 +75,24 @@ class _Reader:
     def peek(self) -> Numbered | None:
         """The next document; None where there is no more."""
         if not self._ahead:
-            n_characters, number = 0, self.n_read
-            while n_characters < _BATCH_CHARACTERS and len(self._ahead) < _MOST_BATCH_DOCUMENTS:
-                document = next(self._documents, None)
-                if document is None:
-                    break
-                self._ahead.append(Numbered(number, document))
-                n_characters += len(document)
-                number += 1
+            self._read_ahead()
         return self._ahead[0] if self._ahead else None
+
+    def _read_ahead(self) -> None:
+        documents, n_characters = [], 0
+        while n_characters < _BATCH_CHARACTERS and len(documents) < _MOST_BATCH_DOCUMENTS:
+            document = next(self._documents, None)
+            if document is None:
+                break
+            documents.append(document)
+            n_characters += len(document)
+        numbers = self._numbers[self.n_read : self.n_read + len(documents)]
+        if len(numbers) < len(documents):
+            raise CorpusError(
+                f"more than {PAD_DOCUMENT} documents; their numbers are 32 bits. Join short documents"
+            )
+        held_out = self._held_out(np.array(numbers, np.int64)).tolist()
+        self._ahead.extend(map(Numbered, numbers, documents, held_out))
 
     def pop(self) -> None:
         """Go past the next document."""
@@ -86,8 +108,8 @@ class _Reader:
             self._ids |= {n.number: n.document for n in wanted if not isinstance(n.document, str)}
             found = tokenise([text for _i, text in texts], self._tokenizer, self._vocab_size)
             self._ids |= {i: ids for (i, _text), ids in zip(texts, found, strict=True)}
-        ids = self._ids[first.number]
-        return ids if self.source.separator is None else np.insert(ids, 0, np.uint32(self.source.separator))
+        ids, separator = self._ids[first.number], self.source.separator
+        return ids if separator is None else np.concatenate([np.array([separator], np.uint32), ids])
 
 
 class Mixture:
@@ -104,9 +126,14 @@ class Mixture:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         *,
+        held_out: HeldOut,
         allow_short: bool,
     ) -> None:
-        self._readers = [_Reader(source, tokenizer, vocab_size) for source in sources]
+        numbers = [range(at, PAD_DOCUMENT, len(sources)) for at in range(len(sources))]
+        self._readers = [
+            _Reader(source, own, held_out, tokenizer, vocab_size)
+            for source, own in zip(sources, numbers, strict=True)
+        ]
         self._allow_short = allow_short
         self._ended: set[int] = set()
 
@@ -125,12 +152,7 @@ class Mixture:
             at = self._choose()
             found = self._readers[at].peek()
             if found is not None:
-                number = found.number * len(self._readers) + at
-                if number >= PAD_DOCUMENT:
-                    raise CorpusError(
-                        f"more than {PAD_DOCUMENT} documents; their numbers are 32 bits. Join short documents"
-                    )
-                return Drawn(self._readers[at], found, number)
+                return Drawn(self._readers[at], found)
             self._ended.add(at)
             self._check_ended(at)
         return None
@@ -156,11 +178,10 @@ class Mixture:
 
 
 class Drawn(NamedTuple):
-    """The next document of a mixture, and its number among all; `done` goes past it."""
+    """The next document of a mixture; `done` goes past it."""
 
     reader: _Reader
     document: Numbered
-    number: int
 
     def ids(self, *, alone: bool) -> NDArray[np.uint32]:
         """Its ids; `alone` where few of the documents that follow will be wanted."""

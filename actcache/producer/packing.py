@@ -124,7 +124,13 @@ def pack(
     bos = bos_id(tokenizer) if plan.bos else None
     extra = [i for i in (bos, *(source.separator for source in sources)) if i is not None]
     check_ids(np.array(extra, dtype=np.int64), vocab_size)
-    mixture = Mixture(sources, tokenizer, vocab_size, allow_short=plan.allow_short)
+    mixture = Mixture(
+        sources,
+        tokenizer,
+        vocab_size,
+        held_out=lambda numbers: holdout_mask(numbers, plan.seed, plan.holdout_frac),
+        allow_short=plan.allow_short,
+    )
     with ExitStack() as stack:
         spools = {
             name: Spool(
@@ -173,14 +179,13 @@ def _fill(
         raw = drawn.document.raw
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
-        is_held_out = holdout_mask(np.array([drawn.number]), plan.seed, plan.holdout_frac)[0]
-        spool = spools[_STREAMS[int(is_held_out)]]
+        spool = spools[_STREAMS[int(drawn.document.is_held_out)]]
         if spool.is_full:
             spool.n_skipped += 1
             drawn.done(0)
             continue
         ids = drawn.ids(alone=any(other.is_full for other in spools.values()))
-        drawn.done(spool.add(ids, drawn.number))
+        drawn.done(spool.add(ids, drawn.document.number))
         n_tokens = sum(other.n_tokens for other in spools.values())
         if n_tokens - n_told >= _PROGRESS_TOKENS:
             on_progress(n_tokens)

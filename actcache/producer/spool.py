@@ -113,16 +113,17 @@ class Spool:
             self.n_cut += max(0, ids.size - self.capacity)
             ids = ids[: self.capacity]
         self.n_content += ids.size
-        n_filled = ids.size if self.is_packed else self.capacity
-        padding = (0, n_filled - ids.size)
-        self.pending.append(np.pad(ids, padding, constant_values=PAD_TOKEN))
-        self.pending_document.append(
-            np.pad(np.full(ids.size, document, np.uint32), padding, constant_values=PAD_DOCUMENT)
-        )
-        self.n_pending += n_filled
+        self._append(ids, document)
+        if not self.is_packed and ids.size < self.capacity:
+            self._append(np.full(self.capacity - ids.size, PAD_TOKEN, np.uint32), PAD_DOCUMENT)
         if self.n_pending >= PENDING_IDS:
             self.write_full()
         return ids.size
+
+    def _append(self, ids: NDArray[np.uint32], document: int) -> None:
+        self.pending.append(ids)
+        self.pending_document.append(np.full(ids.size, document, np.uint32))
+        self.n_pending += ids.size
 
     def write_full(self) -> None:
         """Write every whole sequence that is pending; keep the rest."""

@@ -217,6 +217,11 @@ def test_weights_that_are_kept_off_the_device(tied, kept, tmp_path):
     assert (away.n_layers, away.width) == (N_LAYERS, WIDTH)
 
 
+def test_device_maps_that_are_none():
+    with pytest.raises(UsageError, match="device map 'all': expected one of auto, balanced"):
+        load_model(TINY_NEOX, device_map="all")
+
+
 def test_device_map_without_accelerate_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(

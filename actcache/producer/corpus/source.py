@@ -116,8 +116,13 @@ def open_source(location: str | Path, fields: Fields | None = None) -> Source:
     if not known:
         others = f"; {len(ignored)} other files, such as {ignored[0]}" if ignored else ""
         raise CorpusError(f"corpus {location}: no file ends in {', '.join(SUFFIXES[fields.kind])}{others}")
-    name = str(location).rstrip("/").rpartition("/")[2]
-    return Source(name=name, files=tuple(known), ignored=ignored, fields=fields, opener=opener)
+    return Source(
+        name=str(location).rstrip("/").rpartition("/")[2],
+        files=tuple(known),
+        ignored=ignored,
+        fields=fields,
+        opener=opener,
+    )
 
 
 def open_corpus(locations: str | Path | Sequence[str | Path], fields: Fields | None = None) -> Corpus:
