@@ -625,7 +625,7 @@ def plan(options: dict[str, Any]) -> None:
     """What build would make of the same options: tokens, shards, bytes, time. Needs no weights, writes nothing."""
     from actcache.model import load_skeleton, load_tokenizer
     from actcache.producer.forecast import make_forecast
-    from actcache.producer.present import forecast_lines, forecast_notes, forecast_table
+    from actcache.producer.present_forecast import forecast_lines, forecast_notes, forecast_table
 
     _check_build_choices({**options, "model_dtype": "auto"})
     _quiet_transformers()

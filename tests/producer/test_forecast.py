@@ -14,7 +14,7 @@ from actcache.model import load_skeleton
 from actcache.producer import plan as plan_module
 from actcache.producer.corpus import open_corpus
 from actcache.producer.forecast import RHO, forecast_shuffle, make_forecast
-from actcache.producer.present import forecast_lines, forecast_notes, forecast_table
+from actcache.producer.present_forecast import forecast_lines, forecast_notes, forecast_table
 from actcache.reader.order import groups_of
 from actcache.store.codec import EXPECTED_RATIO
 from tests.conftest import Kit, make_decoder, make_grid, read_texts, small_settings, write_corpus, write_store
