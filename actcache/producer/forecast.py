@@ -21,8 +21,8 @@ from actcache.store.create import CaptureRequest
 from actcache.store.schema import Grid
 
 RHO = 0.045
-"""Correlation of two rows of one layer and sequence, over all rows of all layers: 0.042 on SmolLM2-135M and 0.045 on the
-toy model in sequences of 128 tokens, 0.02 in sequences of 2,048, where rows are further apart."""
+"""Correlation of two rows of one layer and sequence. Worked out from the measured shuffle of the toy model in sequences of
+128 tokens. On SmolLM2-135M it grows with depth, from 0.006 at layer 0 to 0.09 at layer 25, 0.036 on average."""
 
 WINDOW_ROWS, BATCH_ROWS = 131_072, 8_192
 
