@@ -15,7 +15,8 @@ from actcache.producer.clock import Clock, TimedPool
 from actcache.producer.corpus import Corpus
 from actcache.producer.forward import N_SCATTER_THREADS, Forward, make_transfer, mixed_rows
 from actcache.producer.pipeline import Pipeline
-from actcache.producer.plan import Settings, capture_requests, check_same, make_request, write_plan
+from actcache.producer.plan import write_plan
+from actcache.producer.settings import Settings, capture_requests, check_same, make_request
 from actcache.producer.summary import BuildSummary, Reporter
 from actcache.producer.workers import Rank, Work, wait_for_plan
 from actcache.store.arrays import disk_dtype
@@ -31,10 +32,14 @@ from actcache.version import __version__
 _MOST_ENCODE_THREADS = 8
 
 
-def default_encode_threads(device: str) -> int:
-    """All cores on a CPU, where the model waits meanwhile; beside a GPU all but two, at most 8."""
+def default_encode_threads(device: str, n_local: int = 1) -> int:
+    """A worker's share of the cores on a CPU, where the model waits meanwhile; beside a GPU all but two, at most 8.
+
+    n_local  workers on this machine.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if device == "cpu" else max(1, min(_MOST_ENCODE_THREADS, cores - 2))
+    share = max(1, cores // n_local)
+    return share if device == "cpu" else max(1, min(_MOST_ENCODE_THREADS, share - 2))
 
 
 def takes_turns(device: str) -> bool:
@@ -78,21 +83,19 @@ def build(
         DiskFullError: it does not fit. NonFiniteError: the model gave NaN or infinity.
     """
     started, reporter, rank = time.perf_counter(), reporter or Reporter(), rank or Rank()
-    request, captures = (
-        make_request(settings, decoder, tokenizer, corpus, corpus_name),
-        capture_requests(settings, decoder),
+    catalog, names = ensure_planned(
+        settings,
+        decoder,
+        tokenizer,
+        corpus,
+        corpus_name=corpus_name,
+        rank=rank,
+        reporter=reporter,
+        on_operation=on_operation,
     )
-    sweep_staged(settings.out)
-    if not (settings.out / "zarr.json").exists():
-        _check_free(settings.out)
-    if rank.rank == 0 or not wait_for_plan(settings.out):
-        _plan(settings, request, captures, tokenizer, corpus, reporter, on_operation)
-
-    catalog = Catalog(LocalObjects(settings.out))
-    check_same(catalog, request, captures)
     summary = fill_captures(
         catalog,
-        list(catalog.captures),
+        names,
         decoder,
         encode_threads=encode_threads,
         allow_non_finite=allow_non_finite,
@@ -103,6 +106,37 @@ def build(
     )
     summary.elapsed_s = time.perf_counter() - started
     return summary
+
+
+def ensure_planned(
+    settings: Settings,
+    decoder: Decoder,
+    tokenizer: Any,
+    corpus: Corpus,
+    *,
+    corpus_name: str,
+    device: str | None = None,
+    rank: Rank | None = None,
+    reporter: Reporter | None = None,
+    on_operation: Callable[[str, str], None] | None = None,
+) -> tuple[Catalog, list[str]]:
+    """The store, planned by this call or before, and the names of the captures asked for. Arguments as those of `build`.
+
+    device  the class of the workers' devices; None: that of the decoder.
+    """
+    reporter = reporter or Reporter()
+    request = make_request(settings, decoder, tokenizer, corpus, corpus_name)
+    if device is not None:
+        request = request.model_copy(update={"device": device})
+    captures = capture_requests(settings, decoder)
+    sweep_staged(settings.out)
+    if not (settings.out / "zarr.json").exists():
+        _check_free(settings.out)
+    if rank is None or rank.rank == 0 or not wait_for_plan(settings.out):
+        _plan(settings, request, captures, tokenizer, corpus, reporter, on_operation)
+    catalog = Catalog(LocalObjects(settings.out))
+    check_same(catalog, request, captures)
+    return catalog, [capture.group for capture in captures]
 
 
 def _plan(

@@ -12,6 +12,7 @@ from torch import Tensor
 from actcache.errors import DamageError
 from actcache.model import Decoder
 from actcache.producer.clock import Clock
+from actcache.producer.inputs import ModelInputs
 from actcache.producer.staging import CudaCopier, Direct, Filling, Staged, Transfer
 from actcache.store.mixing import Mixed, mix
 from actcache.store.open import CaptureCatalog, Catalog
@@ -45,9 +46,7 @@ def make_transfer(
     """How vectors come off the model's device."""
     if decoder.device.type == "cpu":
         return Direct(clock)
-    return Staged(
-        CudaCopier(decoder.device), slot_bytes(catalog, captures), N_SLOTS, N_SCATTER_THREADS, clock
-    )
+    return Staged(CudaCopier(), slot_bytes(catalog, captures), N_SLOTS, N_SCATTER_THREADS, clock)
 
 
 class ShardBuffers:
@@ -149,20 +148,22 @@ class Forward:
         self, shard: int, captures: Sequence[CaptureCatalog], buffers: ShardBuffers, filling: Filling
     ) -> None:
         """Run a shard's sequences, in batches of the plan's size; vectors may still be on their way to `buffers`."""
-        mixed, tokens = mixed_rows(self._catalog, shard), self._catalog.plan_object("tokens", shard)
+        mixed, inputs = mixed_rows(self._catalog, shard), ModelInputs(self._catalog, shard)
         buffers.take(captures, mixed.stored)
-        hooks = {c.capture.hook: c.capture.layers for c in captures}
+        hooks: dict[str, list[int]] = {}
+        for c in captures:  # a hook may be in several captures, of other layers each
+            hooks.setdefault(c.capture.hook, []).extend(c.capture.layers)
         has_text = np.any(mixed.row_of_token >= 0, axis=1)
         batch_size = self._catalog.plan.request.batch_size
-        for start in range(0, len(tokens), batch_size):
+        for start in range(0, len(inputs), batch_size):
             chosen = np.flatnonzero(has_text[start : start + batch_size]) + start
             if not len(chosen):
                 continue
             rows = torch.from_numpy(mixed.row_of_token[chosen].reshape(-1))
             hand_over = self._hand_over(captures, buffers, rows, filling)
-            input_ids = torch.from_numpy(tokens[chosen].astype(np.int64)).to(self._decoder.device)
+            input_ids, positions = inputs.of(chosen)
             with self._timer.batch():
-                self._decoder.capture_each(input_ids, hooks, hand_over)
+                self._decoder.capture_each(input_ids.to(self._decoder.device), hooks, hand_over, positions)
             self._on_tokens(input_ids.numel())
 
     def _hand_over(
@@ -178,12 +179,11 @@ class Forward:
         stored = None if bool(is_stored.all()) else torch.nonzero(is_stored).reshape(-1)
         if stored is not None:
             rows = rows[stored]
-            stored = stored.to(self._decoder.device)
 
         def hand_over(hook: str, layer: int, acts_qtd: Tensor) -> None:
             target, flat = targets[hook, layer], acts_qtd.reshape(-1, acts_qtd.shape[-1])
             if stored is not None:
-                flat = flat[stored]
+                flat = flat[stored.to(flat.device)]
             self._transfer.put(
                 flat.to(target.dtype).contiguous(), lambda vectors: _put(target, rows, vectors), filling
             )

@@ -9,7 +9,7 @@ import numpy as np
 from actcache.model import Decoder
 from actcache.producer.build import build
 from actcache.producer.corpus import Corpus
-from actcache.producer.plan import Settings
+from actcache.producer.settings import Settings
 from actcache.producer.summary import BuildSummary
 
 MOST_LAYERS = 6

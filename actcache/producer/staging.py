@@ -95,11 +95,10 @@ class Copier(Protocol):
 
 
 class CudaCopier:
-    """Copies on a stream of its own, so that a GPU goes on computing meanwhile."""
+    """Copies on a stream of its own for each GPU, so that it goes on computing meanwhile."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def allocate(self, n_bytes: int) -> Tensor:
         """Page-locked memory: only from there are copies asynchronous."""
@@ -107,12 +106,17 @@ class CudaCopier:
 
     def start(self, source: Tensor, target: Tensor) -> Callable[[], None]:
         """Begin to copy. The allocator may not use the memory of `source` again before that has ended."""
-        computed = torch.cuda.current_stream(self._device).record_event()
-        self._stream.wait_event(computed)
-        with torch.cuda.stream(self._stream):
+        if source.device.type == "cpu":  # a block of a model that is spread over GPUs and memory
+            target.copy_(source)
+            return lambda: None
+        stream = self._streams.get(source.device)
+        if stream is None:
+            stream = self._streams[source.device] = torch.cuda.Stream(source.device)
+        stream.wait_event(torch.cuda.current_stream(source.device).record_event())
+        with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-        source.record_stream(self._stream)
-        return self._stream.record_event(torch.cuda.Event(blocking=True)).synchronize
+        source.record_stream(stream)
+        return stream.record_event(torch.cuda.Event(blocking=True)).synchronize
 
 
 class Staged:

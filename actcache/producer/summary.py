@@ -1,9 +1,9 @@
 """What a build tells while it runs and when it is done: counts, seconds per stage, and which stage was the bottleneck."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from actcache.producer.clock import STAGES
 from actcache.store.schema import Grid
@@ -46,6 +46,19 @@ class BuildSummary:
     disk_bytes: int = 0
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*STAGES, "wait"), 0.0))
     stage_threads: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 1))
+
+    @classmethod
+    def merged(cls, store: Path, workers: "Sequence[BuildSummary]") -> Self:
+        """What several workers did that filled one store side by side."""
+        found = cls(store, n_shards=max(w.n_shards for w in workers))
+        for name in ("n_built", "n_adopted", "n_tokens", "raw_bytes", "disk_bytes"):
+            setattr(found, name, sum(getattr(w, name) for w in workers))
+        found.filling_s = max(w.filling_s for w in workers)
+        for stage in found.stage_s:
+            found.stage_s[stage] = sum(w.stage_s[stage] for w in workers)
+        for stage in found.stage_threads:
+            found.stage_threads[stage] = sum(w.stage_threads[stage] for w in workers)
+        return found
 
     @property
     def was_complete(self) -> bool:

@@ -8,7 +8,7 @@ reach this one.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,10 @@ from actcache.store.create import is_being_planned
 from actcache.store.open import CaptureCatalog, Catalog
 
 POLL_S = 0.25
+_NAMES = (
+    *("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"),
+    *(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")),
+)
 PLAN_PATIENCE_S = 60.0
 TAKEOVER_S = 120.0
 _TAKEOVER_SHARDS = 4.0
@@ -35,6 +39,33 @@ class Rank:
             raise UsageError(
                 f"rank {self.rank} of {self.world_size} workers: expected 0 to {self.world_size - 1}"
             )
+
+
+def rank_in(environment: Mapping[str, str]) -> Rank | None:
+    """What torchrun or Slurm say of this process; None where neither started it.
+
+    torchrun: RANK of WORLD_SIZE. Slurm: the task of an array, and within it SLURM_PROCID of SLURM_NTASKS.
+    """
+    number = {
+        name: int(text) for name, text in environment.items() if name in _NAMES and text.strip("-").isdigit()
+    }
+    if {"RANK", "WORLD_SIZE"} <= set(number):
+        return Rank(number["RANK"], number["WORLD_SIZE"])
+    rank, world_size = number.get("SLURM_PROCID", 0), number.get("SLURM_NTASKS", 1)
+    if {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"} <= set(number):
+        first, step = number.get("SLURM_ARRAY_TASK_MIN", 0), number.get("SLURM_ARRAY_TASK_STEP", 1)
+        rank += (number["SLURM_ARRAY_TASK_ID"] - first) // step * world_size
+        world_size *= number["SLURM_ARRAY_TASK_COUNT"]
+    return Rank(rank, world_size) if world_size > 1 else None
+
+
+def local_rank_in(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Number of this process among those on its machine, and how many they are; (0, 1) where nobody says."""
+    for rank, n in (("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")):
+        if environment.get(rank, "").isdigit():
+            of = environment.get(n, "")
+            return int(environment[rank]), int(of) if of.isdigit() else 1
+    return 0, 1
 
 
 def wait_for_plan(out: Path, patience_s: float = PLAN_PATIENCE_S) -> bool:

@@ -323,7 +323,7 @@ def test_a_gpu_fills_a_store_with_what_it_says(kit, tmp_path, codec):
 @pytest.mark.gpu
 def test_copies_of_a_gpu_wait_for_what_they_copy():
     """A product that takes a while, copied through slots while the next one is computed."""
-    copier, filling = CudaCopier(torch.device("cuda")), Filling()
+    copier, filling = CudaCopier(), Filling()
     staged, found = Staged(copier, 1024 * 1024 * 4, 2, 2, Clock()), {}
     a = torch.randn(1024, 1024, device="cuda")
     for i in range(50):
