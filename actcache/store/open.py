@@ -98,6 +98,14 @@ class CaptureCatalog:
         """Committed shards, ascending. Looks at the store every time it is called."""
         return sorted({shard for shard, _generation in self._ledger_names()})
 
+    def is_committed(self, shard: int) -> bool:
+        """Whether a shard is committed. Looks at the store every time it is called."""
+        try:
+            self.objects.size(ledger_key(self.arrays["ledger"], shard))
+        except FileNotFoundError:
+            return False
+        return True
+
     def _ledger_names(self) -> list[tuple[int, int]]:
         found = []
         for name in self.objects.names(self.arrays["ledger"].path):
