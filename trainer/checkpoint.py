@@ -93,7 +93,9 @@ def _step_of(folder: RunFolder, checkpoint: int | str) -> int:
     if checkpoint == "best":
         best = folder.best()
         if best is None:
-            raise NotFoundError(f"{folder.root} has no best checkpoint: it was not evaluated while it was trained")
+            raise NotFoundError(
+                f"{folder.root} has no best checkpoint: it was not evaluated while it was trained"
+            )
         return best["step"]
     step = steps[-1] if checkpoint == "last" and steps else checkpoint
     if step not in steps:

@@ -18,7 +18,7 @@ class Code(Protocol):
     """Activations of b rows, with gradients."""
 
     def decode(self, w_dec: Tensor) -> Tensor:
-        """What the active latents add up to, [b, d], in the dtype of w_dec [f, d]."""
+        """What the active latents add up to, [b, d]; w_dec [f, d]."""
         ...
 
     def first(self, n_latents: int) -> Code:
@@ -47,7 +47,7 @@ class Fixed(NamedTuple):
 
     def decode(self, w_dec: Tensor) -> Tensor:
         """See `Code`."""
-        return self.kernels.decode(self.values.to(w_dec.dtype), self.latents, w_dec)
+        return self.kernels.decode(self.values, self.latents, w_dec)
 
     def first(self, n_latents: int) -> Fixed:
         """See `Code`."""
@@ -74,8 +74,7 @@ class Listed(NamedTuple):
 
     def decode(self, w_dec: Tensor) -> Tensor:
         """See `Code`."""
-        code = self.code._replace(values=self.code.values.to(w_dec.dtype))
-        return ragged.decode(code, self.n_rows, w_dec)
+        return ragged.decode(self.code, self.n_rows, w_dec)
 
     def first(self, n_latents: int) -> Listed:
         """See `Code`."""
@@ -103,7 +102,7 @@ class Dense(NamedTuple):
 
     def decode(self, w_dec: Tensor) -> Tensor:
         """See `Code`."""
-        return self.values.to(w_dec.dtype) @ w_dec
+        return self.values @ w_dec
 
     def first(self, n_latents: int) -> Dense:
         """See `Code`."""

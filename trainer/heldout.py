@@ -31,8 +31,8 @@ class HeldOut(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """By name."""
         return {
-            "layers": {str(layer): scores.as_json() for layer, scores in self.layers.items()},
-            "mean": self.mean.as_json(),
+            "layers": {str(layer): scores._asdict() for layer, scores in self.layers.items()},
+            "mean": self.mean._asdict(),
         }
 
 
@@ -86,17 +86,16 @@ def _nothing_yet(sae: TrainedSAE) -> Scores:
 
 
 def _add(scores: Scores, found: Reconstruction) -> None:
-    n_slices, layer_i = found.target.shape[1], found.layer_i
-    values, indices = (
-        x.repeat_interleave(n_slices, dim=0) if n_slices > 1 else x
-        for x in (found.code.values, found.code.indices)
-    )
+    n_slices = found.target.shape[1]
+    values, indices = (x.repeat_interleave(n_slices, dim=0) for x in (found.code.values, found.code.indices))
     scores.add(
-        *(x.flatten(0, 1) for x in (found.target, found.restored, found.nothing)),
+        found.target.flatten(0, 1),
+        found.restored.flatten(0, 1),
+        found.nothing.flatten(0, 1),
         values,
         indices,
         values > ACTIVE_ABOVE,
-        layer_i.flatten(),
+        found.layer_i.flatten(),
     )
 
 

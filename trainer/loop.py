@@ -335,7 +335,9 @@ def _start_or_restore(
     if step is None:
         first = read_first_window(source, next(iter(configs.values())))
         return {
-            name: TrainState.start(source, config, device, first=first, init=init, kernels=kernels, ranks=ranks)
+            name: TrainState.start(
+                source, config, device, first=first, init=init, kernels=kernels, ranks=ranks
+            )
             for name, config in configs.items()
         }
     states, cursor = {}, None

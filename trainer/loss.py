@@ -67,7 +67,7 @@ def auxk_loss(
 
 
 def l1_loss(l1: Tensor, coef: float, batch_rows: int) -> Tensor:
-    """coef / B * sum over rows of sum_f a_f, in standardised units; decoder rows have norm 1. l1: [b] sums of a row.
+    """Coef / B * sum over rows of sum_f a_f, in standardised units; decoder rows have norm 1. l1: [b] sums of a row.
 
     Source: Anthropic, Circuits Updates, April 2024.
     """

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
-
-import torch
 
 from actcache.errors import NonFiniteError
 from actcache.flow import BatchSource
@@ -128,7 +125,7 @@ class Member:
             "step": state.step,
             "rows": state.rows,
             **found.as_json(),
-            "dead_frac": 1 - found.mean.n_alive / state.model.n_latents,
+            "dead_frac": found.mean.n_dead / state.model.n_latents,
         }
         self._evaluation.append(line)
         self._track("held_out", line)

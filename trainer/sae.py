@@ -6,6 +6,7 @@ m auxiliary latents.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -61,12 +62,9 @@ class Dictionary(nn.Module):
         self.w_enc = nn.Parameter(w_enc)
         self.w_dec = nn.Parameter(w_enc.clone() if out_width is None else torch.zeros(n_latents, out_width))
         self.bias = nn.Parameter(torch.zeros(width))
-        for name, is_there, shape in (
-            ("out_bias", out_width is not None, (out_width,)),
-            ("latent_bias", latent_bias, (n_latents,)),
-            ("w_skip", skip, (out_width or width, width)),
-        ):
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if is_there else None)
+        self.out_bias = None if out_width is None else nn.Parameter(torch.zeros(out_width))
+        self.latent_bias = nn.Parameter(torch.zeros(n_latents)) if latent_bias else None
+        self.w_skip = nn.Parameter(torch.zeros(out_width or width, width)) if skip else None
         if isinstance(selection, BatchTopK):
             self.register_buffer("threshold", torch.zeros(()))
         self.normalise_decoder()
@@ -89,7 +87,7 @@ class Dictionary(nn.Module):
     # Rows in.
 
     def encoder(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, w_enc and bias such that pre-activations are w_enc (z - bias), in the dtype products are made in.
+        """z, w_enc and bias such that pre-activations are w_enc (z - bias).
 
         A latent bias becomes a column of w_enc, against a column of ones in z.
         """
@@ -101,12 +99,17 @@ class Dictionary(nn.Module):
             column = torch.nn.functional.pad(self.latent_bias.unsqueeze(1), (0, PAD - 1))
             w_enc = torch.cat([w_enc, column], dim=1)
             bias = torch.nn.functional.pad(bias, (0, PAD))
-        return self._cast(z), self._cast(w_enc), self._cast(bias)
+        return z, w_enc, bias
+
+    def products(self) -> AbstractContextManager[Any]:
+        """Within it the encoder's product takes its inputs in `precision`; weights and gradients stay float32."""
+        is_rough = self.precision == "bfloat16"
+        return torch.autocast(self.w_enc.device.type, dtype=torch.bfloat16, enabled=is_rough)
 
     def select(self, z: Tensor, k: int, dead: Tensor, n_aux: int) -> Selected:
-        """The k largest of every row, and of the latents `dead`; see `Kernels.encode`. Values in z's dtype."""
-        found = self.kernels.encode(*self.encoder(z), k, dead, n_aux)
-        return found._replace(values=found.values.to(z.dtype), aux_values=found.aux_values.to(z.dtype))
+        """The k largest of every row, and of the latents `dead`; see `Kernels.encode`."""
+        with self.products():
+            return self.kernels.encode(*self.encoder(z), k, dead, n_aux)
 
     def encode(self, z: Tensor) -> Selected:
         """The active latents of standardised rows z [b, d], as evaluation has them; changes nothing in the module."""
@@ -116,12 +119,12 @@ class Dictionary(nn.Module):
 
     def reconstruct(self, code: Code, z: Tensor) -> Tensor:
         """Standardised rows zhat [b, e] of a code of rows z [b, d]."""
-        out = code.decode(self._cast(self.w_dec)).to(self.bias.dtype) + self._out_bias
+        out = code.decode(self.w_dec) + self._out_bias
         return out if self.w_skip is None else out + self.skipped(z)
 
     def directions(self, code: Code) -> Tensor:
         """What a code's latents add to a row, without any bias. [b, e]."""
-        return code.decode(self._cast(self.w_dec)).to(self.bias.dtype)
+        return code.decode(self.w_dec)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Standardised rows zhat [b, e] = sum_j values[b, j] w_dec[indices[b, j]] + b, without a skip connection."""
@@ -134,14 +137,11 @@ class Dictionary(nn.Module):
     def skipped(self, z: Tensor) -> Tensor:
         """What the skip connection adds, W_skip z [b, e]; z [b, d]."""
         assert self.w_skip is not None
-        return (self._cast(z) @ self._cast(self.w_skip).T).to(z.dtype)
+        return z @ self.w_skip.T
 
     @property
     def _out_bias(self) -> Tensor:
         return self.bias if self.out_bias is None else self.out_bias
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(torch.bfloat16) if self.precision == "bfloat16" else tensor
 
     # Norms.
 

@@ -6,7 +6,7 @@ from trainer.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float | None) -> float:
-    """lr * min(1, (step + 1) / warmup_steps) * min(1, (1 - progress) / decay_frac).
+    """Lr * min(1, (step + 1) / warmup_steps) * min(1, (1 - progress) / decay_frac).
 
     Args:
         config: resolved.
@@ -21,7 +21,7 @@ def learning_rate(config: TrainConfig, step: int, progress: float | None) -> flo
 
 
 def active_latents(config: TrainConfig, step: int) -> int:
-    """k of the step after `step` steps: linearly from k_anneal_from down to k over k_anneal_steps.
+    """The k of the step after `step` steps: linearly from k_anneal_from down to k over k_anneal_steps.
 
     Source: EleutherAI/sparsify trainer.py:243-249.
     """

@@ -5,7 +5,7 @@ Axes: n slices (rows, where a row is one layer's), d width, l layers, f latents.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ class LayerScores(NamedTuple):
     mse             mean squared error per dimension.
     l0              latents active (a > 1e-3) per row.
     l1              sum of activations per row, in standardised units.
+    explained_variance  1 - fvu.
     n_alive         latents active at least once.
+    n_dead          latents that never were.
     """
 
     n_rows: int
@@ -33,19 +35,12 @@ class LayerScores(NamedTuple):
     fvu_scalar: float
     fvu_k0: float
     fvu_scalar_k0: float
+    explained_variance: float
     mse: float
     l0: float
     l1: float
     n_alive: int
-
-    @property
-    def explained_variance(self) -> float:
-        """1 - fvu."""
-        return 1.0 - self.fvu
-
-    def as_json(self) -> dict[str, Any]:
-        """By name, with the explained variance."""
-        return {**self._asdict(), "explained_variance": self.explained_variance}
+    n_dead: int
 
 
 class Scores:
@@ -140,15 +135,19 @@ class Scores:
             fvu_scalar=error / scalar,
             fvu_k0=error_k0 / per_dimension,
             fvu_scalar_k0=error_k0 / scalar,
+            explained_variance=1 - error / per_dimension,
             mse=error / (n * width),
             l0=n_active / n,
             l1=l1 / n,
             n_alive=int(self._alive[i].sum()),
+            n_dead=int((self._alive[i] == 0).sum()),
         )
 
     def mean(self) -> LayerScores:
-        """The mean over layers of every score; n_rows is the total, n_alive counts latents alive on any layer."""
+        """The mean over layers of every score; n_rows is the total, n_alive and n_dead are those over all layers."""
         scores = list(self.by_layer().values())
         means = {name: sum(getattr(s, name) for s in scores) / len(scores) for name in LayerScores._fields}
         n_alive = int(self._alive.amax(0).sum())
-        return LayerScores(**{**means, "n_rows": sum(s.n_rows for s in scores), "n_alive": n_alive})
+        n_dead = self._alive.shape[1] - n_alive
+        totals = {"n_rows": sum(s.n_rows for s in scores), "n_alive": n_alive, "n_dead": n_dead}
+        return LayerScores(**{**means, **totals})

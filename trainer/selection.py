@@ -120,26 +120,30 @@ class BatchTopK:
     def prepare(self, dictionary: Dictionary, parts: Iterable[Tensor], wanted: Wanted) -> Prepared:
         """See `Selection`. Every product is made once: what may be chosen is kept, `encode` gives it gradients."""
         candidates = ragged.Candidates(wanted.k * wanted.n_rows)
-        with torch.no_grad():
+        with torch.no_grad(), dictionary.products():
             for z in parts:
                 candidates.add(*dictionary.encoder(z), wanted.dead, wanted.n_aux)
         threshold = candidates.threshold(lambda counts: wanted.ranks.sum_([counts]))
 
         def encode(part: int, z: Tensor) -> Found:
             chosen = candidates.parts[part].at_least(threshold)
-            values, rows, latents = chosen.values, chosen.rows, chosen.latents
-            if wanted.n_aux:
-                aux_values, aux_latents = candidates.aux[part]
-                values = torch.cat([values, aux_values.flatten()])
-                of = torch.arange(len(z), device=z.device).repeat_interleave(wanted.n_aux)
-                rows, latents = torch.cat([rows, of]), torch.cat([latents, aux_latents.flatten()])
-            attached = ragged.attach(values, rows, latents, *dictionary.encoder(z)).to(z.dtype)
-            n = len(chosen.values)
-            code = Listed(ragged.Ragged(attached[:n], chosen.rows, chosen.latents), len(z))
+            weights = dictionary.encoder(z)
             if not wanted.n_aux:
-                return Found(code)
-            aux = Fixed(attached[n:].view(len(z), wanted.n_aux), aux_latents, dictionary.kernels)
-            return Found(code, aux=aux)
+                values = ragged.attach(chosen.values, chosen.rows, chosen.latents, *weights)
+                return Found(Listed(chosen._replace(values=values), len(z)))
+            aux_values, aux_latents = candidates.aux[part]
+            of = torch.arange(len(z), device=z.device).repeat_interleave(wanted.n_aux)
+            attached = ragged.attach(
+                torch.cat([chosen.values, aux_values.flatten()]),
+                torch.cat([chosen.rows, of]),
+                torch.cat([chosen.latents, aux_latents.flatten()]),
+                *weights,
+            )
+            values, aux = attached.split([len(chosen.values), len(of)])
+            return Found(
+                Listed(chosen._replace(values=values), len(z)),
+                aux=Fixed(aux.view(len(z), wanted.n_aux), aux_latents, dictionary.kernels),
+            )
 
         return Prepared(encode, threshold)
 
@@ -157,8 +161,10 @@ class ReLU:
         """See `Selection`. Holds dense activations: at the start half of them are positive."""
 
         def encode(_part: int, z: Tensor) -> Found:
-            z_, w_enc, bias = dictionary.encoder(z)
-            return Found(Dense(torch.relu((z_ - bias) @ w_enc.T).to(z.dtype)))
+            full, w_enc, bias = dictionary.encoder(z)
+            with dictionary.products():
+                pre = (full - bias) @ w_enc.T
+            return Found(Dense(torch.relu(pre).to(z.dtype)))
 
         return Prepared(encode)
 
@@ -175,6 +181,6 @@ def make_selection(config: TrainConfig) -> Selection:
 
 
 def _above(dictionary: Dictionary, z: Tensor, threshold: float) -> Selected:
-    with torch.no_grad():
+    with torch.no_grad(), dictionary.products():
         values, indices = ragged.pad(ragged.select(*dictionary.encoder(z), threshold), len(z))
-    return Selected(values.to(z.dtype), indices, values.new_empty(len(z), 0), indices.new_empty(len(z), 0))
+    return Selected(values, indices, values.new_empty(len(z), 0), indices.new_empty(len(z), 0))

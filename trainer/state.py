@@ -246,9 +246,7 @@ class TrainState:
 
     # Steps.
 
-    def advance(
-        self, arrived: Arrived | Batch, after_failure: str = ""
-    ) -> tuple[StepSums, float] | None:
+    def advance(self, arrived: Arrived | Batch, after_failure: str = "") -> tuple[StepSums, float] | None:
         """One optimiser step on a batch. Returns its sums and the gradient's norm; None where no row is of our layers.
 
         Raises:
@@ -256,7 +254,7 @@ class TrainState:
         """
         if isinstance(arrived, Batch):
             arrived = Arrived.alone(arrived)
-        number, config = self.step + 1, self.config
+        number = self.step + 1
         n_rows = arrived.n_rows
         if not self.task.form.is_joint:
             n_rows = sum(arrived.by_layer.get(layer, 0) for layer in self.layers)
@@ -360,9 +358,7 @@ def count_steps(source: BatchSource, config: TrainConfig) -> int | None:
         return len(source)
     needs = schedule.needs_end(config)
     if needs is not None:
-        raise UsageError(
-            f"{needs}, but this source does not say how long it is; give rows=, or set it to 0"
-        )
+        raise UsageError(f"{needs}, but this source does not say how long it is; give rows=, or set it to 0")
     return None
 
 
@@ -373,9 +369,12 @@ def _take_weights(model: Dictionary, init: TrainedSAE, config: TrainConfig) -> N
     problems = [
         f"{name} is {list(weights[name].shape) if name in weights else 'missing'} there and {list(x.shape)} here"
         for name, x in own.items()
-        if (name in weights and weights[name].shape != x.shape) or (name not in weights and name not in optional)
+        if (name in weights and weights[name].shape != x.shape)
+        or (name not in weights and name not in optional)
     ]
-    problems += [f"{name} is there and not here" for name in weights if name not in own and name != "threshold"]
+    problems += [
+        f"{name} is there and not here" for name in weights if name not in own and name != "threshold"
+    ]
     if init.config.form != config.form:
         problems.append(f"form is {init.config.form!r} there and {config.form!r} here")
     if init.config.standardise != config.standardise:

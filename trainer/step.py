@@ -116,7 +116,10 @@ def accumulate_gradients(task: Task, rows: Rows, wanted: Wanted, l1_coef: float 
         errors = [(w, target.z - zhat.view_as(target.z)) for w, zhat in _reconstructions(task, found, z)]
         squared = [torch.linalg.vecdot(error, error) for _, error in errors]
         parts_of_loss = [loss.reconstruction_loss(one, weights, n_rows) for one in squared]
-        main, objective = parts_of_loss[0], sum(w * one for (w, _), one in zip(errors, parts_of_loss, strict=True))
+        main, objective = (
+            parts_of_loss[0],
+            sum(w * one for (w, _), one in zip(errors, parts_of_loss, strict=True)),
+        )
         if l1_coef:
             objective = objective + loss.l1_loss(found.code.l1(), l1_coef, n_rows)
         aux = main.new_zeros(())

@@ -115,7 +115,10 @@ class TrainedSAE:
         """
         rows = self.form.view(batch, self.layers).to(self.sae.w_enc.device)
         code = self._encode(rows)
-        restored, nothing = self.decode(code), self.decode(code._replace(values=torch.zeros_like(code.values)))
+        restored, nothing = (
+            self.decode(code),
+            self.decode(code._replace(values=torch.zeros_like(code.values))),
+        )
         target = rows.targets.to(torch.float32)
         layer_i = rows.layer_i.expand(target.shape[:2])
         return Reconstruction(code, target, restored.view_as(target), nothing.view_as(target), layer_i)

@@ -108,11 +108,11 @@ class Candidates:
         pieces = [Ragged(z.new_full((len(bad),), torch.nan), bad, torch.zeros_like(bad))] if len(bad) else []
         aux: list[tuple[Tensor, Tensor]] = []
         for start, pre in _tiles(z, w_enc, bias):
-            piece = _above(pre, self._bound, start)
+            piece = _above(pre, self._bound, start, z.dtype)
             pieces.append(piece)
             if n_aux:
                 values, chosen = largest(pre[:, dead], n_aux)
-                aux.append((values.relu(), dead[chosen]))
+                aux.append((values.to(z.dtype).relu_(), dead[chosen]))
             self._held += len(piece.values)
             if self._held > self._held_after_pruning + self.n:
                 self._prune(pieces)
@@ -140,7 +140,7 @@ class Candidates:
 
 def select(z: Tensor, w_enc: Tensor, bias: Tensor, threshold: float) -> Ragged:
     """All activations of rows z [b, d] that are positive and at least `threshold`. Holds one tile of pre-activations."""
-    return _join([_above(pre, threshold, start) for start, pre in _tiles(z, w_enc, bias)], z)
+    return _join([_above(pre, threshold, start, z.dtype) for start, pre in _tiles(z, w_enc, bias)], z)
 
 
 def select_dense(z: Tensor, w_enc: Tensor, bias: Tensor, threshold: float) -> Tensor:
@@ -197,20 +197,22 @@ def pad(code: Ragged, n_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _tiles(z: Tensor, w_enc: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Pre-activations of z, some rows at a time, with the number of the first."""
-    centred, n_latents = z - bias, w_enc.shape[0]
+    """Pre-activations of z, some rows at a time, with the number of the first; in autocast's dtype where that is on."""
+    kind, n_latents = z.device.type, w_enc.shape[0]
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
+    left, right = (z - bias).to(dtype), w_enc.to(dtype)
     n_rows = min(len(z), max(TILE_ROWS_MIN, TILE_VALUES // n_latents))
-    tile = z.new_empty(n_rows, n_latents)
+    tile = left.new_empty(n_rows, n_latents)
     for start in range(0, len(z), max(1, n_rows)):
         stop = min(start + n_rows, len(z))
-        yield start, torch.mm(centred[start:stop], w_enc.T, out=tile[: stop - start])
+        yield start, torch.mm(left[start:stop], right.T, out=tile[: stop - start])
 
 
-def _above(pre: Tensor, bound: float, first_row: int) -> Ragged:
+def _above(pre: Tensor, bound: float, first_row: int, dtype: torch.dtype) -> Ragged:
     """Of pre-activations [b, f]: those that are positive and at least `bound`."""
     is_chosen = pre.to(torch.float32) >= bound if bound > 0 else pre > 0
     rows, latents = is_chosen.nonzero(as_tuple=True)
-    return Ragged(pre[rows, latents], rows + first_row, latents)
+    return Ragged(pre[rows, latents].to(dtype), rows + first_row, latents)
 
 
 def _join(pieces: list[Ragged], like: Tensor) -> Ragged:
