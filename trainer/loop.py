@@ -15,10 +15,10 @@ from actcache.errors import ActcacheError, NonFiniteError, UsageError
 from actcache.flow import Batch, BatchSource
 from trainer import heldout
 from trainer.config import TrainConfig
-from trainer.forms import FORMS
+from trainer.forms import FORMS, take_rows
 from trainer.kernels import Kernels, sparse
 from trainer.member import Member
-from trainer.provenance import layer_index, take_rows
+from trainer.provenance import layer_index
 from trainer.ranks import ALONE, Ranks
 from trainer.reports import MakeTracker, Outcome, RunSummary, StepReport
 from trainer.run_folder import RunFolder, check_same
@@ -218,7 +218,9 @@ class _Run:
             return batch
         n_left = self._config.rows - self.rows
         is_before = batch.slot < n_left
-        return batch if bool(is_before.all()) else take_rows(batch, is_before.nonzero().squeeze(1))
+        if bool(is_before.all()):
+            return batch
+        return take_rows(batch, is_before.nonzero().squeeze(1), FORMS[self._config.form])
 
     def _count(self, batch: Batch) -> list[int]:
         if FORMS[self._config.form].is_joint:
