@@ -87,39 +87,40 @@ def test_two_processes_train_as_one(tmp_path, fields):
     assert json.loads((tmp_path / "two" / "sae.json").read_text())["world_size"] == 2
 
 
-def stop_at(step, rank, calls=None):
-    """Asked to stop before this step, in one process only; the others are told."""
-    calls = calls if calls is not None else [0]
-
-    def stop():
-        calls[0] += 1
-        return calls[0] > step
-
-    return stop
+def stop_at(step):
+    """Asked to stop before the step after this one."""
+    count = iter(range(1000))
+    return lambda: next(count) >= step
 
 
 def train_and_stop(ranks: Ranks, make, configs, out, step, more):
-    stop = stop_at(step, 1) if ranks.rank == 1 else (lambda: False)
+    stop = stop_at(step) if ranks.rank == 1 else (lambda: False)  # the others are told
     train_many(make(rank=ranks.rank, world_size=ranks.size), configs, out, ranks=ranks, stop=stop, **more)
 
 
-def test_stopped_and_resumed_by_two_is_bit_equal_and_by_one_is_near(tmp_path, caplog):
+def test_stopped_and_resumed_by_as_many_is_bit_equal_and_by_another_number_is_near(tmp_path, caplog):
     make = partial(random_source, epochs=2)
     configs = {"": TrainConfig(**{**FIELDS, "eval_every_steps": None})}
     run_together(2, tmp_path / "a", train_share, make, configs, tmp_path / "straight", {})
-    for name in ("by-two", "by-one"):
-        run_together(2, tmp_path / name[3:], train_and_stop, make, configs, tmp_path / name, 5, {})
-        assert not (tmp_path / name / "sae.json").exists()
-        steps = sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir())
+    straight = load_file(tmp_path / "straight" / "sae.safetensors")
+    for first, second in ((2, 2), (2, 1), (1, 2)):
+        out = tmp_path / f"{first}-{second}"
+        if first == 2:
+            run_together(2, tmp_path / f"b{second}", train_and_stop, make, configs, out, 5, {})
+        else:
+            train(make(), configs[""], out, stop=stop_at(5))
+        assert not (out / "sae.json").exists()
+        steps = sorted(p.name for p in (out / "checkpoints").iterdir())
         assert steps == ["step-00000004", "step-00000005"]
-    run_together(2, tmp_path / "b", train_share, make, configs, tmp_path / "by-two", {"resume": True})
-    assert (tmp_path / "by-two" / "sae.safetensors").read_bytes() == (
-        tmp_path / "straight" / "sae.safetensors"
-    ).read_bytes()
-    train(make(), configs[""], tmp_path / "by-one", resume=True)
-    a, b = (load_file(tmp_path / name / "sae.safetensors") for name in ("straight", "by-one"))
-    for name, tensor in b.items():
-        torch.testing.assert_close(a[name], tensor, rtol=1e-3, atol=1e-4)
+        if second == 2:
+            run_together(2, tmp_path / f"c{first}", train_share, make, configs, out, {"resume": True})
+        else:
+            train(make(), configs[""], out, resume=True)
+        if first == second:
+            files = [(path / "sae.safetensors").read_bytes() for path in (out, tmp_path / "straight")]
+            assert files[0] == files[1]
+        for name, tensor in load_file(out / "sae.safetensors").items():
+            torch.testing.assert_close(tensor, straight[name], rtol=1e-3, atol=1e-4)
     assert "resuming with 1 processes a run that had 2" in caplog.text
 
 
