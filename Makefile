@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check interop soak bench clean install
+.PHONY: demo test check interop gpu soak bench clean install
 
 install: $(READY)
 
@@ -44,6 +44,10 @@ $(VENV)/.interop: $(READY) tests/interop/requirements.txt
 
 interop: $(VENV)/.interop
 	PYTHONPATH=$(INTEROP) $(BIN)/pytest -m interop tests/interop
+
+# On a machine with CUDA: triton's programs compiled and run, not interpreted.
+gpu: $(READY)
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu
 
 soak: $(READY)
 	$(BIN)/pytest --hypothesis-profile new

@@ -63,9 +63,11 @@ class TopKSAE(nn.Module):
         """Standardised rows zhat [b, d] = sum_j values[b, j] w_dec[indices[b, j]] + b."""
         return self.decode_directions(values, indices) + self.bias
 
-    def decode_directions(self, values: Tensor, indices: Tensor) -> Tensor:
-        """The same without b: what latents add to a row. [b, d]."""
-        return self.kernels.decode(values, indices, self.w_dec)
+    def decode_directions(
+        self, values: Tensor, indices: Tensor, *, candidates: Tensor | None = None
+    ) -> Tensor:
+        """The same without b: what latents add to a row. [b, d]. All indices are among `candidates`, if that is given."""
+        return self.kernels.decode(values, indices, self.w_dec, candidates=candidates)
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:

@@ -83,7 +83,7 @@ def accumulate_gradients(
         objective = loss.reconstruction_loss(squared_error, weights, len(batch))
         losses[0] += objective.detach()
         if n_aux:
-            aux_decoded = model.decode_directions(code.aux_values, code.aux_indices)
+            aux_decoded = model.decode_directions(code.aux_values, code.aux_indices, candidates=dead)
             aux = loss.auxk_loss(aux_decoded, error, squared_error, config.auxk_coef, len(batch))
             losses[1] += aux.detach()
             objective = objective + aux
