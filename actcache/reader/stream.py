@@ -484,6 +484,7 @@ class Stream:
             torch.from_numpy(layer).to(device),
             lookup=lambda name: torch.from_numpy(self._provenance.look_up(name, row)).to(device),
             hooks=hooks,
+            slot=torch.from_numpy(np.flatnonzero(np.diff(part.own_before))).to(device),
         )
 
     # The end.
