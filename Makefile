@@ -53,11 +53,12 @@ soak: $(READY)
 	$(BIN)/pytest --hypothesis-profile new
 	$(BIN)/pytest -m soak --timeout 7200 --durations=0 -v --no-header | tee benchmarks/results/soak.txt
 
-bench: $(READY)
+bench: $(VENV)/.interop
 	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/shuffle.py --work build/bench --out benchmarks/results/shuffle.json
 	$(BIN)/python benchmarks/memory.py --work build/bench --out benchmarks/results/memory.json
 	$(BIN)/python benchmarks/object_storage.py --out benchmarks/results/object_storage.json
+	PYTHONPATH=$(INTEROP) $(BIN)/python benchmarks/train.py --out benchmarks/results/train.json
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
