@@ -1008,6 +1008,212 @@ def _evaluation_table(evaluation: "Evaluation") -> Table:
     return table
 
 
+# export, push and import-sae
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run; or a folder of runs, as a sweep leaves them.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder; for a folder of runs, one folder in it for each.")],
+    sae_format: Annotated[
+        str,
+        typer.Option("--format", help="actcache, saelens, sparsify, dictionary_learning, openai or mlsae."),
+    ] = "actcache",
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="For rows of this layer. Needed of an SAE of several layers whose rows are standardised by fixed numbers of "
+            "their layer."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A checkpoint instead of the result: best, last or its step.")
+    ] = None,
+    no_model: Annotated[
+        bool,
+        typer.Option("--no-model", help="Do not say which language model and revision it was trained on."),
+    ] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also upload it to this repository of the Hugging Face hub, such as you/an-sae.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to: the repository is private.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trained SAE in our own or another project's format, with a model card; its loaders read what comes out."""
+    from trainer.export.formats import export as write
+    from trainer.export.formats import load_for_export
+    from trainer.export.run import check_free, find_runs
+
+    runs = find_runs(run)
+    check_free(out)
+    for name, folder in runs.items():
+        trained, facts = load_for_export(folder, checkpoint)
+        write(trained, out / name, sae_format, layer=layer, names_model=not no_model, facts=facts)
+        console.print(f"wrote {out / name}", highlight=False)
+    commit = None if push_to is None else _push(out, push_to, private=private)
+    if as_json:
+        written = [str(out / name) for name in runs]
+        print(json.dumps({"format": sae_format, "folders": written, "commit": commit}))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What export wrote.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="NAME", help="Repository of the Hugging Face hub, such as you/an-sae.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made: private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a folder that export wrote to the Hugging Face hub. Log in first, with 'hf auth login' or HF_TOKEN."""
+    from trainer.export.formats import detect
+
+    detect(folder if not any(folder.glob("*/README.md")) else next(iter(folder.glob("*/README.md"))).parent)
+    commit = _push(folder, repo, private=private)
+    if as_json:
+        print(json.dumps({"commit": commit}))
+
+
+def _push(folder: Path, repo: str, *, private: bool) -> str:
+    from trainer.export import hub
+
+    commit = hub.push(folder, repo, private=private)
+    console.print(f"uploaded: {commit}", highlight=False)
+    return commit
+
+
+@app.command("import-sae")
+def import_sae(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of files in one of the formats, or a repository of the Hugging Face hub, such as "
+            "tim-lawson/mlsae-pythia-70m-deduped-x64-k32.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the run it becomes.")],
+    sae_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="actcache, saelens, sparsify, dictionary_learning, openai or mlsae. Without it: told from the files.",
+        ),
+    ] = None,
+    subfolder: Annotated[str | None, typer.Option(help="The SAE is in this folder of SOURCE.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a repository.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE", help="A store of its rows: eval needs to know which rows an SAE is for."
+        ),
+    ] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(help="Which capture of the store. Without it: what the files say, else resid_post."),
+    ] = None,
+    target_hook: Annotated[
+        str | None,
+        typer.Option(help="Of a transcoder: the capture it predicts. Without it: what the files say."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help='Layers its rows are of, such as "3" or "0:6". Without it: what the files say, else all of the store.'
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run of an SAE that somebody else trained, to evaluate it, start from it, or export it again."""
+    import tempfile
+
+    from trainer.export import hub
+    from trainer.export.formats import read
+    from trainer.export.run import check_free, write_run
+
+    check_free(out)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(source)
+        if not folder.exists():
+            folder = Path(temporary) / source.replace("/", "--")
+            revision = hub.download(source, folder, revision=revision)
+        found = read(folder / subfolder if subfolder else folder, sae_format)
+    hooks = [name for name in (hook, target_hook) if name is not None] or list(found.hooks) or ["resid_post"]
+    known = dict(found.provenance)
+    if "imported" in known:
+        known["imported"] = {**known["imported"], "from": source, "revision": revision}
+    opened = None if store is None else actcache.open(store)
+    chosen = _layers_of_sae(found, layers, opened, hooks[0])
+    if opened is not None:
+        if opened.width != found.width:
+            raise UsageError(
+                f"{source} reads rows of width {found.width}, {store} holds rows of width {opened.width}"
+            )
+        if known.get("plan") != opened.plan.digest:  # else it says itself which of them it was trained on
+            known |= _rows_of_sae(store or "", opened, found.form, hooks, chosen)
+    write_run(found.make(chosen, known), out)
+    console.print(
+        f"{out}: {found.n_latents:,} latents of width {found.width} in {found.name} format, layers {list(chosen)}",
+        highlight=False,
+    )
+    if as_json:
+        print(
+            json.dumps(
+                {"run": str(out), "format": found.name, "n_latents": found.n_latents, "layers": chosen}
+            )
+        )
+
+
+def _layers_of_sae(found: Any, layers: str | None, opened: Any, hook: str) -> tuple[int, ...]:
+    from actcache.model import parse_layers
+
+    stored = tuple(opened.layers_of(hook)) if opened is not None else ()
+    if layers is not None:
+        n_layers = opened.plan.request.model.n_layers if opened is not None else 10_000
+        return tuple(parse_layers(layers, n_layers))
+    if not found.layers and not stored:
+        raise UsageError(
+            "these files do not say which layers the SAE is for: give --layers, or a --store of its rows"
+        )
+    return found.layers or stored
+
+
+def _rows_of_sae(
+    location: str, opened: Any, form: str, hooks: list[str], layers: tuple[int, ...]
+) -> dict[str, Any]:
+    """What eval has to know of an SAE's rows, as of one that was trained on them."""
+    from trainer.forms import FORMS
+
+    missing = [layer for layer in layers if layer not in opened.layers_of(hooks[0])]
+    if missing:
+        raise UsageError(
+            f"{location} holds layers {list(opened.layers_of(hooks[0]))} at {hooks[0]}, not {missing}"
+        )
+    request = opened.plan.request
+    return {
+        "store": Path(location).name,
+        "plan": opened.plan.digest,
+        "model": request.model.as_json(),
+        "corpus": request.corpus.name,
+        "selection": {
+            "hook": hooks[0] if FORMS[form].n_hooks == 1 else hooks,
+            "stack": FORMS[form].stack,
+            "layers": list(layers),
+            "outlier_norm_ratio": None,
+            "window_rows": 131_072,
+        },
+        "actcache_version": actcache.__version__,
+    }
+
+
 # demo
 
 

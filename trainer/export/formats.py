@@ -1,0 +1,215 @@
+"""All formats by name: writing an SAE in one, telling which one files are in, reading them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from actcache.errors import NotFoundError, UsageError
+from trainer import durable
+from trainer.checkpoint import load_sae, step_of
+from trainer.export import dictionary_learning, mlsae, openai, saelens, sparsify
+from trainer.export.card import make_card
+from trainer.export.portable import hooks_of, make_portable
+from trainer.export.run import check_free, finished_again, form_of, make_finished
+from trainer.run_folder import Finished, RunFolder
+from trainer.trained import TrainedSAE
+
+OURS = "actcache"
+
+FORMATS: dict[str, ModuleType] = {
+    "saelens": saelens,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "openai": openai,
+    "mlsae": mlsae,
+}
+
+NAMES = (OURS, *FORMATS)
+
+
+def export(
+    trained: TrainedSAE,
+    out: Path,
+    name: str,
+    *,
+    layer: int | None = None,
+    names_model: bool = True,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Write an SAE and its model card to a new folder, at once.
+
+    Args:
+        trained: the SAE.
+        out: the folder.
+        name: one of `NAMES`.
+        layer: see `make_portable`.
+        names_model: whether to say which language model and revision the rows come from.
+        facts: what the run's sae.json says besides: steps, rows, versions; for the card.
+
+    Raises:
+        UsageError: there is no such format, it has no such SAE, or `out` is there already.
+    """
+    if name not in NAMES:
+        raise UsageError(f"format {name!r}: expected one of {', '.join(NAMES)}")
+    check_free(out)
+    facts = facts or {}
+    if not names_model:
+        trained = replace(trained, provenance=without_model(trained.provenance))
+    card = make_card(trained, name, facts, layer)
+    if name == OURS:
+        write: Callable[[Path], None] = lambda folder: RunFolder(folder).finish(  # noqa: E731
+            finished_again(trained, facts)
+        )
+    else:
+        portable = make_portable(trained, layer)
+        write = lambda folder: FORMATS[name].write(portable, folder)  # noqa: E731
+    temporary = out.with_name(durable.TEMPORARY + out.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        durable.write_text(temporary / "README.md", card)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    durable.put_in_place(temporary, out)
+
+
+def without_model(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Provenance that does not name the language model: the digest of its weights stays, for those who have it."""
+    model = provenance.get("model")
+    if not model:
+        return provenance
+    return {**provenance, "model": {**model, "name": None, "revision": None}}
+
+
+def detect(folder: Path) -> str:
+    """The format of files.
+
+    Raises:
+        NotFoundError: nothing is there.
+        UsageError: they are in none of the formats.
+    """
+    if not folder.exists():
+        raise NotFoundError(f"no {folder}")
+    if (folder / "sae.json").is_file():
+        return OURS
+    for name, module in FORMATS.items():
+        if module.recognises(folder):
+            return name
+    raise UsageError(
+        f"{folder} holds no SAE in a format known here ({', '.join(NAMES)}); if it is one, say which with --format"
+    )
+
+
+def load_for_export(run: Path, checkpoint: str | None = None) -> tuple[TrainedSAE, dict[str, Any]]:
+    """A run's SAE, and what else its files say: steps, rows, versions, the newest held-out scores.
+
+    Args:
+        run: its folder.
+        checkpoint: None: the result; "best", "last" or a step.
+
+    Raises:
+        NotFoundError: no finished run, or no such checkpoint, is there.
+        UsageError: `checkpoint` is none of these.
+    """
+    folder = RunFolder(run)
+    if checkpoint is None:
+        step = None
+        found = folder.finished() or {}
+        facts = {name: found[name] for name in ("step", "rows", "torch") if name in found}
+    else:
+        step = step_of(folder, _which(checkpoint))
+        facts = {"checkpoint": checkpoint, "step": step}
+    trained = load_sae(run, checkpoint=step)
+    if folder.evaluation.is_file():
+        lines = [json.loads(line) for line in folder.evaluation.read_text(encoding="utf-8").splitlines()]
+        scores = [line for line in lines if step is None or line["step"] == step]
+        if scores:
+            facts["scores"] = scores[-1]
+    return trained, facts
+
+
+def _which(checkpoint: str) -> int | Literal["best", "last"]:
+    if checkpoint == "best" or checkpoint == "last":
+        return checkpoint
+    if not checkpoint.isdigit():
+        raise UsageError(f"checkpoint {checkpoint!r}: expected best, last or the number of a step")
+    return int(checkpoint)
+
+
+class Imported(NamedTuple):
+    """An SAE that was read, and what is not decided before it is a run: format, layers it says it is of, and of which hooks.
+
+    make  given layers and provenance, the result of a run.
+    """
+
+    name: str
+    form: str
+    width: int
+    n_latents: int
+    layers: tuple[int, ...]
+    hooks: tuple[str, ...]
+    provenance: dict[str, Any]
+    make: Callable[[tuple[int, ...], dict[str, Any]], Finished]
+
+
+def read(folder: Path, name: str | None = None) -> Imported:
+    """An SAE in any of the formats.
+
+    Args:
+        folder: where it is; of openai's format also the file itself.
+        name: the format; None: told by the files.
+
+    Raises:
+        NotFoundError: a file is missing.
+        DamageError: a file is not what it should be.
+        UsageError: it computes something that we have not, or there is no such format.
+    """
+    name = detect(folder) if name is None else name
+    if name == OURS:
+        return _read_ours(folder)
+    if name not in FORMATS:
+        raise UsageError(f"format {name!r}: expected one of {', '.join(NAMES)}")
+    sae = FORMATS[name].read(folder)
+    provenance = dict(sae.about.get("provenance", {}))
+    provenance["imported"] = {"format": name, "from": folder.name, **sae.about}
+    provenance["imported"].pop("provenance", None)
+    return Imported(
+        name=name,
+        form=form_of(sae),
+        width=sae.width // sae.n_slices,
+        n_latents=sae.n_latents,
+        layers=sae.layers,
+        hooks=sae.hooks,
+        provenance=provenance,
+        make=lambda layers, known: make_finished(sae, layers, known),
+    )
+
+
+def _read_ours(folder: Path) -> Imported:
+    trained = load_sae(folder)
+    found = RunFolder(folder).finished() or {}
+    facts = {name: found[name] for name in ("step", "rows", "torch") if name in found}
+
+    def make(layers: tuple[int, ...], known: dict[str, Any]) -> Finished:
+        if layers != trained.layers:
+            raise UsageError(f"this SAE was trained on layers {list(trained.layers)}, not {list(layers)}")
+        return finished_again(replace(trained, provenance=known), facts)
+
+    return Imported(
+        name=OURS,
+        form=trained.config.form,
+        width=trained.sae.width // trained.n_slices,
+        n_latents=trained.sae.n_latents,
+        layers=trained.layers,
+        hooks=hooks_of(trained),
+        provenance=trained.provenance,
+        make=make,
+    )
