@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from actcache.store.schema import Grid
     from analysis.metrics import Evaluation
     from trainer.config import TrainConfig
-    from trainer.loop import RunSummary, StepReport
+    from trainer.ranks import Ranks
+    from trainer.reports import RunSummary, StepReport
+    from trainer.trained import TrainedSAE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -732,7 +734,7 @@ def bench_(
     out.print(f"bottleneck: {found.bottleneck}", highlight=False)
 
 
-# train and eval
+# train
 
 
 @app.command()
@@ -741,157 +743,284 @@ def train(
     out: Annotated[
         Path, typer.Option(help="The run's folder: checkpoints, metrics.jsonl and the finished SAE.")
     ],
+    form: Annotated[
+        str,
+        typer.Option(
+            help="stacked: one SAE on the rows of all layers (MLSAE). feature: a token's layers side by side. crosscoder: all "
+            "layers of a token at once. transcoder: --hook in, --target-hook out."
+        ),
+    ] = "stacked",
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer", help="One SAE for each layer, all from one read: OUT/layer=3, OUT/layer=4, ..."
+        ),
+    ] = False,
     layers: Annotated[
         str | None, typer.Option(help='Layers to train on, for example "0,5,10". Default: all stored.')
     ] = None,
     hook: Annotated[str | None, typer.Option(help="Which capture, where the store has several.")] = None,
-    expansion: Annotated[int, typer.Option(help="Latents per width.")] = 16,
-    k: Annotated[int, typer.Option(help="Active latents per row.")] = 32,
-    auxk: Annotated[int, typer.Option(help="Dead latents that explain the residual; 0 is off.")] = 256,
+    target_hook: Annotated[
+        str | None, typer.Option(help="Of a transcoder: the capture that is to be predicted.")
+    ] = None,
+    expansion: Annotated[int, typer.Option(help="Latents per width of one layer.")] = 16,
+    k: Annotated[int, typer.Option(help="Active latents per row; with batchtopk on average.")] = 32,
+    activation: Annotated[
+        str,
+        typer.Option(
+            help="topk: k of every row. batchtopk: k times the rows, over the batch. relu: all, with an L1 penalty."
+        ),
+    ] = "topk",
+    auxk: Annotated[
+        int | None,
+        typer.Option(
+            help="Dead latents that explain the residual; 0 is off. Default: 256, and off with relu."
+        ),
+    ] = None,
     dead_after_tokens: Annotated[
         int, typer.Option(help="A latent is dead after this many tokens without activity.")
     ] = 10_000_000,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate. Default: 2e-4 * sqrt(2^14 / latents).")
     ] = None,
-    batch_rows: Annotated[int, typer.Option(help="Rows per optimiser step.")] = 8192,
+    batch_rows: Annotated[int, typer.Option(help="Rows per optimiser step, over all processes.")] = 8192,
+    micro_rows: Annotated[
+        int | None,
+        typer.Option(help="Rows per forward and backward pass: bounds memory, changes nothing else."),
+    ] = None,
     rows: Annotated[int | None, typer.Option(help="Stop after this many rows.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Or after this many epochs. Default: 1.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other setting of docs/reference/training.md, such as warmup_steps=1000 or precision=bfloat16. Repeat.",
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=A,B,...",
+            help="Train one SAE for each value, all on the same batches in one pass: OUT/k=16, OUT/k=32, ... Repeat for every "
+            "combination.",
+        ),
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Start from the weights of this finished run instead of random ones.")
+    ] = None,
     outlier_norm_ratio: Annotated[
         float,
         typer.Option(help="Drop rows whose norm exceeds this many times their layer's median; 0 keeps all."),
     ] = 10.0,
     window_rows: Annotated[int, typer.Option(help="Rows shuffled together in memory.")] = 131_072,
+    partitions: Annotated[
+        int, typer.Option(help="What processes share out; their number must divide it. Part of the order.")
+    ] = 8,
     memory: Annotated[str | None, typer.Option(help="Bound on memory for reading, such as 2GiB.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of rows and of the initial weights.")] = 0,
     device: Device = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
+    keep: Annotated[
+        int, typer.Option(help="Newest checkpoints kept; the best on held-out rows is kept too.")
+    ] = 2,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations on held-out rows. Default: none.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard.")] = False,
+    wandb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROJECT", help="Also log to this Weights & Biases project (WANDB_MODE=offline works)."
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; begin it where there is none.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train one top-k SAE on shuffled token x layer rows of a store (a multi-layer SAE)."""
-    from trainer.config import TrainConfig
+    """Train sparse autoencoders on shuffled token x layer rows of a store; by default one on all layers (MLSAE).
 
+    Under torchrun the processes share every batch: same rows, same result within rounding. Ctrl-C or SIGTERM saves a
+    checkpoint and ends the run; the same command with --resume goes on exactly there.
+    """
+    from trainer import trackers
+    from trainer.sweep import parse_setting, value_of
+
+    given = {name: value_of(text) for name, text in map(parse_setting, settings or [])}
+    if rows is None and epochs is None and not {"rows", "epochs"} & given.keys():
+        epochs = 1
     chosen = {
+        "form": form,
         "expansion": expansion,
         "k": k,
+        "activation": activation,
         "auxk": auxk,
         "dead_after_tokens": dead_after_tokens,
         "lr": lr,
         "batch_rows": batch_rows,
+        "micro_rows": micro_rows,
         "rows": rows,
-        "epochs": epochs if rows is not None or epochs is not None else 1,
+        "epochs": epochs,
         "seed": seed,
         "checkpoint_every_steps": checkpoint_every,
+        "keep_newest": keep,
+        "eval_every_steps": eval_every,
     }
-    try:
-        config = TrainConfig(**chosen)
-    except ValueError as error:
-        raise UsageError(_validation(error)) from error
     selection = {
-        "hook": hook,
+        "hook": hook if target_hook is None else [hook, target_hook],
         "layers": layers,
         "outlier_norm_ratio": outlier_norm_ratio or None,
         "window_rows": window_rows,
+        "partitions": partitions,
         "memory": None if memory is None else _size(memory),
     }
-    summary = _train(store, out, config, selection, _device(device), resume=resume, quiet=as_json)
-    if as_json:
-        print(json.dumps(asdict(summary)))
+    if (form == "transcoder") != (hook is not None and target_hook is not None):
+        raise UsageError(
+            "--form transcoder reads --hook and predicts --target-hook: give both, or another form without --target-hook"
+        )
+    boards = [trackers.tensorboard] if tensorboard else []
+    summary = _train(
+        store,
+        out,
+        {name: value for name, value in chosen.items() if value is not None} | given,
+        selection,
+        device,
+        sweeps=sweep or [],
+        per_layer=per_layer,
+        init_from=init_from,
+        boards=boards + ([trackers.wandb(wandb)] if wandb else []),
+        resume=resume,
+        quiet=as_json,
+    )
     if summary.outcome == "stopped":
         raise typer.Exit(130)
-
-
-def _validation(error: ValueError) -> str:
-    problems = getattr(error, "errors", list)()
-    return "; ".join(
-        f"{'.'.join(str(part) for part in p['loc']) or 'arguments'}: {p['msg']}" for p in problems
-    ) or str(error)
+    if summary.failed:
+        raise typer.Exit(1)
 
 
 def _stream(store: Any, selection: dict[str, Any], **more: Any) -> "Stream":
     from actcache.model import parse_layers
 
-    hook, layers = selection["hook"], selection["layers"]
+    layers = selection["layers"]
     if isinstance(layers, str):
         layers = parse_layers(layers, store.plan.request.model.n_layers)
-    return store.stream(
-        hook=hook,
-        layers=layers,
-        outlier_norm_ratio=selection["outlier_norm_ratio"],
-        window_rows=selection["window_rows"],
-        memory=selection["memory"],
-        **more,
+    names = ("hook", "stack", "outlier_norm_ratio", "window_rows", "partitions", "memory")
+    chosen = {name: selection[name] for name in names if selection.get(name) is not None}
+    return store.stream(layers=layers, **chosen, **more)
+
+
+def _processes(device: str) -> tuple["Ranks", str]:
+    """The processes of this run, as torchrun says, and this one's device."""
+    from trainer.ranks import ALONE, join
+
+    size, rank, local = (
+        int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
+    chosen = _device(device)
+    if size == 1:
+        return ALONE, chosen
+    import torch
+
+    if chosen == "cuda":
+        chosen = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    return join(torch.device(chosen), "env://", rank, size), chosen
 
 
 def _train(
     location: str,
     out: Path,
-    config: "TrainConfig",
+    settings: dict[str, Any],
     selection: dict[str, Any],
     device: str,
     *,
+    sweeps: list[str] | None = None,
+    per_layer: bool = False,
+    init_from: Path | None = None,
+    boards: Any = (),
     resume: bool,
     quiet: bool,
 ) -> "RunSummary":
     import torch
 
-    from trainer.loop import train
+    from trainer.checkpoint import load_sae
+    from trainer.forms import FORMS
+    from trainer.loop import train_many
+    from trainer.ranks import leave
+    from trainer.sweep import make_configs
 
+    config = next(iter(make_configs(settings, sweeps or []).values()))
+    selection = {**selection, "stack": FORMS[config.form].stack}
     store = actcache.open(location)
-    n_epochs = config.epochs
-    with _stream(
-        store,
-        selection,
-        batch_size=config.batch_rows,
-        seed=config.seed,
-        epochs=n_epochs,
-        device=device,
-        dtype=torch.float32,
-    ) as source:
-        n_total = config.rows if config.rows is not None else source.n_rows * (n_epochs or 1)
-        if not quiet:
-            _print_selection(store, source, selection)
-        request = store.plan.request
-        provenance = {
-            "store": Path(location).name,
-            "plan": store.plan.digest,
-            "model": request.model.as_json(),
-            "corpus": request.corpus.name,
-            "selection": {
-                **{k: v for k, v in selection.items() if k != "memory"},
-                "layers": list(source.layers),
-            },
-            "order": source.settings,
-            "actcache_version": actcache.__version__,
-        }
-        with _progress("rows", quiet=quiet) as progress, _stop_on_signals() as stop:
-            task = progress.add_task("train", total=n_total)
-            watch = _step_watcher(progress, task, config.resolve(source.width).n_latents or 1)
-            summary = train(
-                source,
-                config,
-                out,
-                device=device,
-                resume=resume,
-                provenance=provenance,
-                on_step=watch,
-                stop=stop.is_set,
+    ranks, device = _processes(device)
+    shown = not quiet and ranks.is_first
+    reading = {
+        "device": device,
+        "dtype": torch.float32,
+        "rank": ranks.rank,
+        "world_size": ranks.size,
+    }
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(
+            _stream(
+                store,
+                selection,
+                batch_size=config.batch_rows,
+                seed=config.seed,
+                epochs=config.epochs,
+                **reading,
             )
-    if not quiet:
-        said = {
-            "finished": f"finished after {summary.step:,} steps",
-            "stopped": "stopped; a checkpoint is saved. Go on with --resume",
-            "already finished": "is finished already. Nothing to do",
-        }[summary.outcome]
-        waited = 100 * summary.waited_s / max(summary.elapsed_s, 1e-9)
-        console.print(
-            f"{out}: {said} ({summary.elapsed_s:.0f} s, {waited:.1f} % waiting for data)", highlight=False
         )
+        held_out = None
+        if config.eval_every_steps is not None:
+            held_out = stack.enter_context(
+                _stream(store, selection, split="holdout", batch_size=min(config.batch_rows, 4096), **reading)
+            )
+        configs = make_configs(settings, sweeps or [], source.layers if per_layer else None)
+        if shown:
+            _print_selection(store, source, selection)
+            _print_memory(configs, source)
+        n_total = config.rows if config.rows is not None else source.n_rows * (config.epochs or 1)
+        progress = stack.enter_context(_progress("rows", quiet=not shown))
+        stop = stack.enter_context(_stop_on_signals())
+        summary = train_many(
+            source,
+            configs,
+            out,
+            device=device,
+            resume=resume,
+            provenance=_provenance(store, location, selection, source),
+            held_out=held_out,
+            init=None if init_from is None else load_sae(init_from, device=device),
+            trackers=boards,
+            ranks=ranks,
+            on_step=_step_watcher(progress, progress.add_task("train", total=n_total)),
+            stop=stop.is_set,
+        )
+    if ranks.size > 1:
+        leave()
+    if shown:
+        _print_run(out, summary)
+    elif quiet and ranks.is_first:
+        print(json.dumps(asdict(summary)))
     return summary
+
+
+def _provenance(store: Any, location: str, selection: dict[str, Any], source: "Stream") -> dict[str, Any]:
+    request = store.plan.request
+    return {
+        "store": Path(location).name,
+        "plan": store.plan.digest,
+        "model": request.model.as_json(),
+        "corpus": request.corpus.name,
+        "selection": {
+            **{k: v for k, v in selection.items() if k not in ("memory", "partitions")},
+            "layers": list(source.layers),
+        },
+        "order": source.settings,
+        "actcache_version": actcache.__version__,
+    }
 
 
 def _print_selection(store: Any, source: "Stream", selection: dict[str, Any]) -> None:
@@ -909,22 +1038,62 @@ def _print_selection(store: Any, source: "Stream", selection: dict[str, Any]) ->
     )
 
 
-def _step_watcher(progress: _Progress, task: Any, n_latents: int) -> Callable[["StepReport"], None]:
-    started = time.perf_counter()
-    is_first = True
+def _print_memory(configs: dict[str, "TrainConfig"], source: "Stream") -> None:
+    from trainer.forms import FORMS
+    from trainer.present import memory_table
+    from trainer.sweep import memory_of
+
+    layers = tuple(source.layers)
+    memory = {}
+    for name, config in configs.items():
+        try:
+            memory[name] = memory_of(config, FORMS[config.form].width(source.width, layers), len(layers))
+        except ValueError as error:
+            raise UsageError(f"{name + ': ' if name else ''}{_validation(error)}") from error
+    console.print(memory_table(memory))
+
+
+def _print_run(out: Path, summary: "RunSummary") -> None:
+    said = {
+        "finished": f"finished after {summary.step:,} steps",
+        "stopped": "stopped; a checkpoint is saved. Go on with --resume",
+        "already finished": "is finished already. Nothing to do",
+    }[summary.outcome]
+    waited = 100 * summary.waited_s / max(summary.elapsed_s, 1e-9)
+    console.print(
+        f"{out}: {said} ({summary.elapsed_s:.0f} s, {waited:.1f} % waiting for data)", highlight=False
+    )
+    for name, message in summary.failed.items():
+        console.print(Text(f"error (non_finite): {name}: {message}"), style="red", soft_wrap=True)
+
+
+def _validation(error: ValueError) -> str:
+    from pydantic import ValidationError
+
+    from trainer.sweep import describe
+
+    return describe(error) if isinstance(error, ValidationError) else str(error)
+
+
+def _step_watcher(progress: _Progress, task: Any) -> Callable[["StepReport"], None]:
+    from trainer.present import news
+
+    started, first_waited, newest = time.perf_counter(), None, dict[str, "StepReport"]()
 
     def watch(report: "StepReport") -> None:
-        nonlocal is_first
-        waited = 100 * report.waited_s / max(time.perf_counter() - started, 1e-9)
-        fvu = "  ".join(f"{layer}: {value:.3f}" for layer, value in report.train_fvu.items())
-        dead = 100 * report.n_dead / n_latents
-        progress.news = f"loss {report.loss:.4f}, dead {dead:.1f} %, waiting for data {waited:.1f} %\nFVU per layer  {fvu}"
-        if is_first:  # what an earlier call trained is not this one's speed
+        nonlocal first_waited
+        if first_waited is None:  # what an earlier call trained is not this one's speed
             progress.reset(task, completed=report.rows)
-            is_first = False
+            first_waited = report.waited_s
+        newest[report.name] = report
+        waited = (report.waited_s - first_waited) / max(time.perf_counter() - started, 1e-9)
+        progress.news = news(newest, waited)
         progress.update(task, completed=report.rows)
 
     return watch
+
+
+# eval
 
 
 @app.command("eval")
@@ -939,6 +1108,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Reconstruction, sparsity and spread over layers of an SAE on held-out rows, filtered as its training rows were."""
+    from trainer.checkpoint import load_sae
+
+    sae = load_sae(run, device=_device(device))
+    if sae.form.name != "stacked" or sae.transforms.tensors:
+        _print_scores(sae, run, store, split, picture, _device(device), as_json=as_json)
+        return
     evaluation = _evaluate(run, store, split, _device(device), quiet=as_json)
     if picture is not None:
         _draw(evaluation, run, picture)
@@ -948,13 +1123,33 @@ def evaluate(
         Console().print(_evaluation_table(evaluation))
 
 
-def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool) -> "Evaluation":
+def _print_scores(
+    sae: "TrainedSAE", run: Path, store: str, split: str, picture: Path | None, device: str, *, as_json: bool
+) -> None:
+    """Of forms whose latents are not active at one layer: the scores, without the spread of latents over layers."""
+    from trainer import heldout
+    from trainer.present import scores_table
+
+    if picture is not None:
+        raise UsageError(
+            f"--picture shows where latents are active; those of a {sae.form.name} have no layer"
+        )
+    with _rows_of(sae, run, store, split, device) as source, _progress("rows", quiet=as_json) as progress:
+        task = progress.add_task("evaluate", total=source.n_rows)
+        found = heldout.evaluate({"": sae}, source, on_rows=lambda n: progress.advance(task, n))[""]
+    norms = None
+    if sae.form.is_joint:
+        norms = dict(zip(sae.layers, sae.relative_norms().mean(0).tolist(), strict=True))
+    if as_json:
+        print(json.dumps({**found.as_json(), "n_latents": sae.sae.n_latents, "relative_norms": norms}))
+    else:
+        Console().print(scores_table(found, norms))
+
+
+def _rows_of(sae: "TrainedSAE", run: Path, location: str, split: str, device: str) -> "Stream":
+    """Rows such as a run was trained on."""
     import torch
 
-    from analysis.metrics import evaluate
-    from trainer.checkpoint import load_sae
-
-    sae = load_sae(run, device=device)
     selection = {**sae.provenance.get("selection", {}), "memory": None}
     if "window_rows" not in selection:
         raise UsageError(
@@ -966,8 +1161,17 @@ def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool)
             f"{run} was trained on activations of {sae.provenance['model']['name']}, {location} holds those of "
             f"{store.plan.request.model.name} (other weights)"
         )
+    selection["layers"] = list(sae.layers)
+    return _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32)
+
+
+def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool) -> "Evaluation":
+    from analysis.metrics import evaluate
+    from trainer.checkpoint import load_sae
+
+    sae = load_sae(run, device=device)
     with (
-        _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32) as source,
+        _rows_of(sae, run, location, split, device) as source,
         _progress("rows", quiet=quiet) as progress,
     ):
         task = progress.add_task("evaluate", total=source.n_rows)
@@ -1229,7 +1433,6 @@ def demo(
     from actcache.producer import samples
     from actcache.producer.corpus import open_corpus
     from actcache.producer.plan import Settings
-    from trainer.config import TrainConfig
 
     started = time.perf_counter()
     _quiet_transformers()
@@ -1257,7 +1460,7 @@ def demo(
     )
     del decoder
     console.print("3/4 train one SAE on all of them", style="bold")
-    config = TrainConfig(expansion=8, k=32, batch_rows=4096, lr=1e-3, epochs=3, warmup_steps=20)
+    config = {"expansion": 8, "k": 32, "batch_rows": 4096, "lr": 1e-3, "epochs": 3, "warmup_steps": 20}
     selection = {
         "hook": None,
         "layers": None,

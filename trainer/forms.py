@@ -24,7 +24,7 @@ from torch import Tensor
 from actcache.errors import UsageError
 from actcache.flow import Batch
 from trainer.config import FormName
-from trainer.provenance import layer_index, take_rows
+from trainer.provenance import layer_index
 
 
 class Rows(NamedTuple):
@@ -137,9 +137,21 @@ FORMS: dict[str, Form] = {
 }
 
 
+def take_rows(batch: Batch, ids: Tensor, form: Form) -> Batch:
+    """Some rows of a batch, copied, with their provenance. ids [n] int64."""
+    rows = batch.rows[ids]
+    return Batch(
+        rows,
+        batch.layer if form.is_joint else batch.layer[ids],
+        slot=batch.slot[ids],
+        lookup=lambda name: getattr(batch, name)[ids],
+        hooks={name: rows if x is batch.rows else x[ids] for name, x in batch.hooks.items()},
+    )
+
+
 def pick_layers(batch: Batch, layers: tuple[int, ...], form: Form) -> Batch:
     """The rows of these layers; the batch itself where all are, or where a row holds all layers."""
     if form.is_joint:
         return batch
     is_wanted = torch.isin(batch.layer, torch.tensor(layers, device=batch.layer.device))
-    return batch if bool(is_wanted.all()) else take_rows(batch, is_wanted.nonzero().squeeze(1))
+    return batch if bool(is_wanted.all()) else take_rows(batch, is_wanted.nonzero().squeeze(1), form)

@@ -15,10 +15,10 @@ from actcache.errors import ActcacheError, NonFiniteError, UsageError
 from actcache.flow import Batch, BatchSource
 from trainer import heldout
 from trainer.config import TrainConfig
-from trainer.forms import FORMS
+from trainer.forms import FORMS, take_rows
 from trainer.kernels import Kernels, sparse
 from trainer.member import Member
-from trainer.provenance import layer_index, take_rows
+from trainer.provenance import layer_index
 from trainer.ranks import ALONE, Ranks
 from trainer.reports import MakeTracker, Outcome, RunSummary, StepReport
 from trainer.run_folder import RunFolder, check_same
@@ -99,7 +99,8 @@ def train_many(
         raise UsageError(f"eval_every_steps={first.eval_every_steps} needs rows to evaluate on: held_out=")
     folders = {name: RunFolder(out / name) for name in resolved}
     with ExitStack() as stack:
-        done = ranks.on_first(lambda: _prepare(folders, resolved, source, stack, resume=resume))
+        found = ranks.on_first(lambda: _prepare(folders, resolved, source, stack, resume=resume))
+        done = found["done"]
         if len(done) == len(folders):
             result = next(iter(done.values()))
             return RunSummary(
@@ -110,9 +111,9 @@ def train_many(
                 waited_s=0.0,
             )
         left = {name: config for name, config in resolved.items() if name not in done}
-        states = _start_or_restore(
-            {name: folders[name] for name in left}, source, left, torch.device(device), init, kernels, ranks
-        )
+        going = {name: folders[name] for name in left}
+        step = ranks.on_first(lambda: _common_step(going, found["new"]))
+        states = _start_or_restore(step, going, source, left, torch.device(device), init, kernels, ranks)
         members = []
         for name, state in states.items():
             member = Member(name, folders[name], state, source, provenance or {}, ranks, trackers)
@@ -218,7 +219,9 @@ class _Run:
             return batch
         n_left = self._config.rows - self.rows
         is_before = batch.slot < n_left
-        return batch if bool(is_before.all()) else take_rows(batch, is_before.nonzero().squeeze(1))
+        if bool(is_before.all()):
+            return batch
+        return take_rows(batch, is_before.nonzero().squeeze(1), FORMS[self._config.form])
 
     def _count(self, batch: Batch) -> list[int]:
         if FORMS[self._config.form].is_joint:
@@ -310,19 +313,21 @@ def _prepare(
     *,
     resume: bool,
 ) -> dict[str, Any]:
-    """Make or check the folders, locked until the stack unwinds; returns what is finished already."""
-    done = {}
+    """Make or check the folders, locked until the stack unwinds; returns what is `done` already and what is `new`."""
+    done, new = {}, []
     for name, folder in folders.items():
         stack.callback(folder.release)
-        folder.prepare(configs[name], resume=resume)
+        if folder.prepare(configs[name], resume=resume):
+            new.append(name)
         result = folder.finished()
         if result is not None:
             check_same({"source": (result["source"], source.fingerprint)}, str(folder.root))
             done[name] = {"step": result["step"], "rows": result["rows"]}
-    return done
+    return {"done": done, "new": new}
 
 
 def _start_or_restore(
+    step: int | None,
     folders: Mapping[str, RunFolder],
     source: BatchSource,
     configs: Mapping[str, TrainConfig],
@@ -331,7 +336,6 @@ def _start_or_restore(
     kernels: Kernels,
     ranks: Ranks,
 ) -> dict[str, TrainState]:
-    step = ranks.on_first(lambda: _common_step(folders))
     if step is None:
         first = read_first_window(source, next(iter(configs.values())))
         return {
@@ -348,29 +352,27 @@ def _start_or_restore(
         states[name] = TrainState.restore(source, configs[name], snapshot, kernels=kernels, ranks=ranks)
     assert cursor is not None
     source.load_state_dict(cursor)
-
-    def forget() -> None:
-        for folder in folders.values():
-            folder.forget_after(step)
-
-    ranks.on_first(forget)
     return states
 
 
-def _common_step(folders: Mapping[str, RunFolder]) -> int | None:
-    """The newest step of which every folder has a checkpoint; None where none has any.
+def _common_step(folders: Mapping[str, RunFolder], new: Sequence[str]) -> int | None:
+    """The newest step of which every folder has a checkpoint, others' later ones removed; None: begin.
+
+    All are saved before any is pruned, so where none is in common the first save was cut short.
 
     Raises:
-        UsageError: some have checkpoints, but none of the same step.
+        UsageError: some have checkpoints, and others are new.
     """
     steps = {name: set(folder.steps()) for name, folder in folders.items()}
-    common = set.intersection(*steps.values())
-    if not common and any(steps.values()):
-        there = "; ".join(f"{name or 'it'}: {sorted(found) or 'none'}" for name, found in steps.items())
+    common = max(set.intersection(*steps.values()), default=None)
+    if common is None and any(steps.values()) and set(new) & steps.keys():
+        there = "; ".join(f"{name}: {sorted(found) or 'none'}" for name, found in steps.items())
         raise UsageError(
             f"these SAEs cannot go on together, they have no checkpoint of the same step ({there}). Train them apart"
         )
-    return max(common, default=None)
+    for folder in folders.values():
+        folder.forget_after(-1 if common is None else common)
+    return common
 
 
 def _check_source(

@@ -28,15 +28,6 @@ def layer_index(layer: Tensor, layers: tuple[int, ...]) -> Tensor:
     return index
 
 
-def take_rows(batch: Batch, ids: Tensor) -> Batch:
-    """Some rows of a batch, each of one layer, copied, with their provenance. ids [n] int64."""
-    rows = batch.rows[ids]
-    hooks = {name: rows if x is batch.rows else x[ids] for name, x in batch.hooks.items()}
-    return Batch(
-        rows, batch.layer[ids], slot=batch.slot[ids], lookup=lambda n: getattr(batch, n)[ids], hooks=hooks
-    )
-
-
 def describe_non_finite(batch: Batch) -> str:
     """Says which rows of `batch` hold NaN or infinity, by layer, sequence and position."""
     tensors = list(batch.hooks.values()) or [batch.rows]

@@ -83,14 +83,18 @@ class RunFolder:
 
     # The folder.
 
-    def prepare(self, config: TrainConfig, *, resume: bool) -> None:
+    def prepare(self, config: TrainConfig, *, resume: bool) -> bool:
         """Make the folder a run of `config`, or check that it is one; nobody else can until `release`.
+
+        Returns:
+            Whether it was made now.
 
         Raises:
             UsageError: the folder holds a run and `resume` is false, or holds something else, or is being trained in.
             PlanMismatchError: its run has another configuration; names the fields.
         """
-        if self._config.exists():
+        is_new = not self._config.exists()
+        if not is_new:
             if not resume:
                 raise UsageError(
                     f"{self.root} already holds a run; resume it with --resume, or choose another folder"
@@ -108,6 +112,7 @@ class RunFolder:
         self._checkpoints.mkdir(exist_ok=True)
         for leftover in self._checkpoints.glob(durable.TEMPORARY + "*"):
             shutil.rmtree(leftover)
+        return is_new
 
     def _hold(self) -> None:
         """Take the lock. The operating system lets go of it when this process ends, however it ends."""

@@ -49,8 +49,8 @@ def needs_end(config: TrainConfig) -> str | None:
 
 
 def ema_weight(decay: float, step: int) -> float:
-    """How much of the moving average stays at step `step` (from 1): min(decay, (1 + step) / (10 + step)).
+    """How much of a moving average stays at step `step` (from 1): min(decay, (1 + step) / (10 + step)).
 
-    So the average does not hold on to the initial weights. Source: TensorFlow ExponentialMovingAverage `num_updates`.
+    So it does not hold on to what there was at the start. Source: TensorFlow ExponentialMovingAverage `num_updates`.
     """
     return min(decay, (1 + step) / (10 + step))

@@ -287,7 +287,7 @@ class TrainState:
         self.dead.update(sums.active, n_rows)
         self._average(number)
         if sums.threshold is not None:
-            self._move_threshold(sums.threshold)
+            self._move_threshold(sums.threshold, number)
         self.interval.add(sums, grad_norm=norm, lr=lr)
         return sums, norm
 
@@ -310,10 +310,10 @@ class TrainState:
                 self.average[name].lerp_(parameter, 1 - stays)
 
     @torch.no_grad()
-    def _move_threshold(self, smallest: float) -> None:
+    def _move_threshold(self, smallest: float, number: int) -> None:
         threshold = self.model.get_buffer("threshold")
-        decay = self.config.threshold_decay if float(threshold) > 0 else 0.0
-        threshold.lerp_(torch.tensor(smallest, dtype=threshold.dtype, device=threshold.device), 1 - decay)
+        stays = schedule.ema_weight(self.config.threshold_decay, number) if float(threshold) > 0 else 0.0
+        threshold.lerp_(torch.tensor(smallest, dtype=threshold.dtype, device=threshold.device), 1 - stays)
 
     def close_interval(self) -> dict[str, Any]:
         """The metrics since the last line; the next interval begins."""

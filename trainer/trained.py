@@ -27,8 +27,9 @@ class Code(NamedTuple):
     values   [b, k] float32 activations >= 0, in standardised units. A slot of value 0 is not active. Where the number of
              active latents differs from row to row (batch top-k, ReLU), k is that of the fullest row.
     indices  [b, k] int64 latents.
-    mean     [b, 1], or [b, s, ...] where a row has several layers, and
-    scale    likewise, float32: what is needed to make raw rows of standardised ones.
+    mean     [b, 1] what standardising took from each row, and
+    scale    [b, 1] float32: kept to give it back. Where fixed numbers of a layer do that, [b or 1, d] and [b or 1, 1]; where
+             a row has several layers, with one more axis: [b or 1, s, ...].
     skip     [b, s * d] what a skip connection adds to the standardised row, or None.
     """
 
@@ -129,10 +130,9 @@ class TrainedSAE:
 
     @torch.no_grad()
     def _encode(self, rows: Rows) -> Code:
-        z, target = self.transforms(*rows)
+        z, mean, scale = self.transforms.feed(rows.inputs, rows.layer_i)
         found = self.sae.encode(z)
         skip = self.sae.skipped(z) if self.sae.w_skip is not None else None
-        mean, scale = target.mean, target.scale
         if self.n_slices == 1:
             mean, scale = mean.squeeze(1), scale.squeeze(1)
         return Code(found.values, found.indices, mean, scale, skip)

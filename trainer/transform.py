@@ -123,13 +123,19 @@ class Transforms(NamedTuple):
     """
 
     into: Transform
-    out: Transform | None = None
+    out: LayerStandardise | None = None
 
     def __call__(self, inputs: Tensor, targets: Tensor, layer_i: Tensor) -> tuple[Tensor, Standardised]:
         """Inputs z [b, s * d] for the encoder, and standardised targets [b, s, d] with their inverse."""
         fed = self.into(inputs, layer_i)
         wanted = fed if self.out is None else self.out(targets, layer_i)
         return fed.z.flatten(1), wanted
+
+    def feed(self, inputs: Tensor, layer_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs z [b, s * d] alone, with the mean and scale that make raw rows of what comes out."""
+        fed = self.into(inputs, layer_i)
+        mean, scale = (fed.mean, fed.scale) if self.out is None else self.out.moments(layer_i)
+        return fed.z.flatten(1), mean, scale
 
     @property
     def description(self) -> dict[str, Any]:
