@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 import actcache
-from actcache.errors import ActcacheError, UsageError
+from actcache.errors import ActcacheError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from actcache.producer.build import BuildSummary
@@ -1262,7 +1262,7 @@ def export(
         trained, facts = load_for_export(folder, checkpoint)
         write(trained, out / name, sae_format, layer=layer, names_model=not no_model, facts=facts)
         console.print(f"wrote {out / name}", highlight=False)
-    commit = None if push_to is None else _push(out, push_to, private=private)
+    commit = None if push_to is None else _push(out, push_to, private=private, quiet=as_json)
     if as_json:
         written = [str(out / name) for name in runs]
         print(json.dumps({"format": sae_format, "folders": written, "commit": commit}))
@@ -1278,18 +1278,18 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload a folder that export wrote to the Hugging Face hub. Log in first, with 'hf auth login' or HF_TOKEN."""
-    from trainer.export.formats import detect
+    from trainer.export.formats import check_exported
 
-    detect(folder if not any(folder.glob("*/README.md")) else next(iter(folder.glob("*/README.md"))).parent)
-    commit = _push(folder, repo, private=private)
+    check_exported(folder)
+    commit = _push(folder, repo, private=private, quiet=as_json)
     if as_json:
         print(json.dumps({"commit": commit}))
 
 
-def _push(folder: Path, repo: str, *, private: bool) -> str:
+def _push(folder: Path, repo: str, *, private: bool, quiet: bool) -> str:
     from trainer.export import hub
 
-    commit = hub.push(folder, repo, private=private)
+    commit = hub.push(folder, repo, private=private, quiet=quiet)
     console.print(f"uploaded: {commit}", highlight=False)
     return commit
 
@@ -1347,8 +1347,12 @@ def import_sae(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(source)
         if not folder.exists():
+            if not hub.is_repository(source):
+                raise NotFoundError(
+                    f"no {source}; and a repository of the Hugging Face hub is called OWNER/NAME"
+                )
             folder = Path(temporary) / source.replace("/", "--")
-            revision = hub.download(source, folder, revision=revision)
+            revision = hub.download(source, folder, revision=revision, quiet=as_json)
         found = read(folder / subfolder if subfolder else folder, sae_format)
     hooks = [name for name in (hook, target_hook) if name is not None] or list(found.hooks) or ["resid_post"]
     known = dict(found.provenance)

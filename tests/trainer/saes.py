@@ -97,10 +97,10 @@ def compute(trained: TrainedSAE, layer: int | None = None, n_rows: int = 64, see
     xhat = trained.decode(code)
     acts = torch.zeros(n_rows, trained.sae.n_latents).scatter_add_(1, code.indices, code.values)
     rows = trained._view(x, which)
-    z, target = trained.transforms(*rows)
+    z, mean, scale = trained.transforms.feed(rows.inputs, rows.layer_i)
     zhat = xhat
     if trained.sae.is_autoencoder:
-        zhat = (xhat.reshape(target.z.shape) - target.mean) / target.scale
+        zhat = (xhat.reshape(n_rows, n_slices, -1) - mean) / scale
     return Computed(x.flatten(1), z, acts, zhat.reshape(n_rows, -1), xhat.reshape(n_rows, -1))
 
 

@@ -208,7 +208,10 @@ def test_a_crosscoder_s_norms_are_one_jointly_and_its_relative_norms_are_reporte
     torch.testing.assert_close(sae.relative_norms(), expected)
     assert (by_layer - by_layer.mean()).abs().max() > 0.01  # they are learnt, not fixed at 1/sqrt(2)
     line = metrics(tmp_path)[-1]["relative_norm"]
-    assert line == {"2": pytest.approx(float(expected[:, 0].mean()), rel=1e-4), "5": pytest.approx(float(expected[:, 1].mean()), rel=1e-4)}
+    assert line == {
+        "2": pytest.approx(float(expected[:, 0].mean()), rel=1e-4),
+        "5": pytest.approx(float(expected[:, 1].mean()), rel=1e-4),
+    }
 
 
 def test_a_crosscoder_selects_by_activation_times_decoder_norm():
@@ -226,7 +229,9 @@ def test_a_crosscoder_selects_by_activation_times_decoder_norm():
     expected = (kept @ model.w_dec).detach()
     model.fold_norms()
     found = model.encode(z)
-    torch.testing.assert_close(model.decode_directions(found.values, found.indices), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.decode_directions(found.values, found.indices), expected, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(found.values, score.topk(6).values, rtol=1e-4, atol=1e-5)
 
 
@@ -243,7 +248,9 @@ def test_a_transcoder_starts_at_the_mean_of_its_target():
     found = state.trained(source, {}).reconstruct(everything)
     for i in range(2):
         mean = found.target[found.layer_i == i].mean(0)
-        torch.testing.assert_close(found.restored[found.layer_i == i], mean.expand(105, 14), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found.restored[found.layer_i == i], mean.expand(105, 14), rtol=1e-4, atol=1e-4
+        )
     sums, _ = state.advance(everything)
     assert sums.loss == pytest.approx(1.0, rel=1e-4)
 
@@ -271,9 +278,14 @@ def test_skip_adds_a_linear_map(tmp_path):
     fvu = {}
     for skip in (False, True):
         source = ListSource(rows, layer, batch_rows=100, epochs=8, more={"second": target})
-        config = TrainConfig(form="transcoder", skip=skip, n_latents=16, k=1, batch_rows=100, epochs=8, lr=2e-2, auxk=0)
+        config = TrainConfig(
+            form="transcoder", skip=skip, n_latents=16, k=1, batch_rows=100, epochs=8, lr=2e-2, auxk=0
+        )
         train(source, config, tmp_path / str(skip))
-        found = heldout.evaluate({"": load_sae(tmp_path / str(skip))}, ListSource(rows, layer, batch_rows=100, more={"second": target}))
+        found = heldout.evaluate(
+            {"": load_sae(tmp_path / str(skip))},
+            ListSource(rows, layer, batch_rows=100, more={"second": target}),
+        )
         fvu[skip] = found[""].mean.fvu
     assert fvu[True] < 0.05 < 0.3 < fvu[False]
 

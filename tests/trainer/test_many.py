@@ -87,7 +87,11 @@ def test_an_sae_of_one_layer_sees_only_its_rows(tmp_path):
     rows, layer = random_rows(210, 12, (2, 5))
     other = torch.where(layer[:, None] == 5, rows * 7 - 3, rows)
     for name, x in (("a", rows), ("b", other)):
-        train(ListSource(x, layer, batch_rows=32), TrainConfig(**{**FIELDS, "rows": 200, "layers": (2,)}), tmp_path / name)
+        train(
+            ListSource(x, layer, batch_rows=32),
+            TrainConfig(**{**FIELDS, "rows": 200, "layers": (2,)}),
+            tmp_path / name,
+        )
     assert result(tmp_path / "a")[0] == result(tmp_path / "b")[0]
     assert result(tmp_path / "a")[2] == result(tmp_path / "b")[2]
 
@@ -222,7 +226,11 @@ def test_another_activation_and_layers_may_start_from_it(tmp_path):
     train(source(), TrainConfig(**FIELDS), tmp_path / "first")
     first = load_sae(tmp_path / "first")
     for i, fields in enumerate(
-        ({"activation": "batchtopk"}, {"activation": "relu", "auxk": 0}, {"layers": (5,), "latent_bias": True})
+        (
+            {"activation": "batchtopk"},
+            {"activation": "relu", "auxk": 0},
+            {"layers": (5,), "latent_bias": True},
+        )
     ):
         out = tmp_path / str(i)
         assert train(source(), TrainConfig(**{**FIELDS, **fields}), out, init=first).outcome == "finished"

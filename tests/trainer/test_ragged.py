@@ -65,9 +65,7 @@ def test_nth_largest_of_values_in_several_places(values, n_places, data):
     ]
     adder = Adder(n_places)
     with ThreadPoolExecutor(n_places) as pool:
-        found = list(
-            pool.map(lambda place: nth_largest(shares[place], n, adder.of(place)), range(n_places))
-        )
+        found = list(pool.map(lambda place: nth_largest(shares[place], n, adder.of(place)), range(n_places)))
     expected = sorted(values, reverse=True)[n - 1] if n <= len(values) else 0.0
     assert found == [expected] * n_places
 
@@ -108,7 +106,9 @@ def test_candidates_hold_the_largest_of_the_whole_batch(shape, cuts, per_row, mo
     ranked = pre[pre > 0].sort(descending=True).values
     expected = float(ranked[n - 1]) if n <= len(ranked) else 0.0
     assert threshold == pytest.approx(expected, rel=1e-5)
-    found = torch.cat([dense(p.at_least(threshold), (len(x), f)) for p, x in zip(candidates.parts, parts, strict=True)])
+    found = torch.cat(
+        [dense(p.at_least(threshold), (len(x), f)) for p, x in zip(candidates.parts, parts, strict=True)]
+    )
     torch.testing.assert_close(found, torch.where(pre >= threshold * (1 - 1e-6), pre, 0))
     assert int((found > 0).sum()) == min(n, len(ranked))
     held = sum(len(p.values) for p in candidates.parts)

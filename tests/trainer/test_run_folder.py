@@ -144,7 +144,10 @@ def test_the_best_on_held_out_rows_is_kept(tmp_path):
     best = min(range(1, 14), key=lambda step: fvu[step])
     assert 1 < best < 13
     assert kept(tmp_path) == [best, 13]
-    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {"step": best, "fvu": fvu[best]}
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {
+        "step": best,
+        "fvu": fvu[best],
+    }
     assert weights_digest(load_sae(tmp_path, checkpoint="best").sae) == weights_digest(
         load_sae(tmp_path, checkpoint=best).sae
     )
@@ -162,10 +165,18 @@ def test_evaluation_is_the_same_when_interrupted_and_changes_nothing(tmp_path):
     for step in (0, 1, 3, 7, 14):
         out = tmp_path / str(step)
         count = iter(range(100))
-        train(source(), config, out, held_out=random_source(**held_out), stop=lambda c=count, s=step: next(c) >= s)
+        train(
+            source(),
+            config,
+            out,
+            held_out=random_source(**held_out),
+            stop=lambda c=count, s=step: next(c) >= s,
+        )
         train(source(), config, out, held_out=random_source(**held_out), resume=True)
         assert (out / "evaluation.jsonl").read_text() == straight
-        assert (out / "sae.safetensors").read_bytes() == (tmp_path / "straight" / "sae.safetensors").read_bytes()
+        assert (out / "sae.safetensors").read_bytes() == (
+            tmp_path / "straight" / "sae.safetensors"
+        ).read_bytes()
     train(source(), config_of(ema_decay=0.9), tmp_path / "without")
     assert load_bytes(tmp_path / "without") == load_bytes(tmp_path / "straight")
 
@@ -184,7 +195,9 @@ def test_evaluation_needs_rows_that_fit_and_says_so_before_the_first_step(tmp_pa
     steps = []
     for i, held_out in enumerate((random_source(60, layers=(2, 5, 7)), random_source(60, width=8))):
         if i == 0:
-            train(source(), config, tmp_path / str(i), held_out=held_out)  # rows of other layers are passed over
+            train(
+                source(), config, tmp_path / str(i), held_out=held_out
+            )  # rows of other layers are passed over
             continue
         with pytest.raises(UsageError, match="8 wide and the SAE 12"):
             train(source(), config, tmp_path / str(i), held_out=held_out, on_step=steps.append)

@@ -71,7 +71,9 @@ def test_the_threshold_is_the_moving_average_of_the_smallest_selected(tmp_path):
             break
     assert float(state.model.threshold) == pytest.approx(expected, rel=1e-5)
     # it is saved with the SAE, and in its metrics
-    config = TrainConfig(n_latents=40, k=4, rows=640, batch_rows=32, activation="batchtopk", log_every_steps=20)
+    config = TrainConfig(
+        n_latents=40, k=4, rows=640, batch_rows=32, activation="batchtopk", log_every_steps=20
+    )
     train(random_source(epochs=4), config, tmp_path)
     sae = load_sae(tmp_path)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -95,7 +97,9 @@ def test_relu_takes_all_that_are_positive():
 def test_the_l1_penalty_keeps_latents_few(tmp_path):
     l0 = {}
     for coef in (1e-4, 0.5):
-        config = TrainConfig(n_latents=40, rows=3000, batch_rows=100, activation="relu", l1_coef=coef, lr=1e-2)
+        config = TrainConfig(
+            n_latents=40, rows=3000, batch_rows=100, activation="relu", l1_coef=coef, lr=1e-2
+        )
         train(random_source(batch_rows=100, epochs=20), config, tmp_path / str(coef))
         l0[coef] = json.loads((tmp_path / str(coef) / "metrics.jsonl").read_text().splitlines()[-1])["l0"]
     assert l0[0.5] < 0.6 * l0[1e-4]
@@ -123,7 +127,9 @@ def test_a_latent_bias_is_added_to_every_pre_activation(selection):
     pre = (z - model.bias) @ model.w_enc.T + model.latent_bias
     torch.testing.assert_close(found.values, torch.where(found.values > 0, pre.gather(1, found.indices), 0.0))
     assert (found.values > 0).sum() == {
-        "TopK": 90, "BatchTopK": int((pre >= 0.5).sum()), "ReLU": int((pre > 0).sum())
+        "TopK": 90,
+        "BatchTopK": int((pre >= 0.5).sum()),
+        "ReLU": int((pre > 0).sum()),
     }[type(selection).__name__]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from actcache.version import __version__
-from trainer.export.portable import Portable, make_portable
+from trainer.export.portable import hooks_of, rows_of, treatment
 from trainer.trained import TrainedSAE
 
 LOADING = {
@@ -52,15 +52,13 @@ def make_card(trained: TrainedSAE, name: str, facts: dict[str, Any], layer: int 
         trained: the SAE.
         name: the format it is written in.
         facts: steps and rows it was trained for, held-out scores, where they are known.
-        layer: see `make_portable`.
+        layer: whose rows it is written for, where that was said.
     """
-    sae = make_portable(trained, layer)
-    parts = [_front(trained, name), _title(trained, sae), "## Made from", _made_from(trained, sae, facts)]
+    parts = [_front(trained, name), _title(trained, layer), "## Made from", _made_from(trained, facts)]
     if facts.get("scores"):
         parts += ["## Held-out rows", _scores(facts["scores"])]
-    rows = "" if name == "actcache" or (name in CARRIES_ROWS and sae.rows == "row") else _rows(sae)
-    parts += ["## Load", f"```python\n{LOADING[name]}\n```{rows}"]
-    parts += ["## What it computes", _formulas(trained, sae), "## Settings", _settings(trained)]
+    parts += ["## Load", f"```python\n{LOADING[name]}\n```{_rows(trained, name)}{_model(trained)}"]
+    parts += ["## What it computes", _formulas(trained), "## Settings", _settings(trained)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -68,38 +66,39 @@ def _front(trained: TrainedSAE, name: str) -> str:
     library = {"saelens": "saelens", "sparsify": "sparsify", "mlsae": "mlsae"}.get(name, "actcache")
     lines = [f"library_name: {library}", "tags:", "- sparse-autoencoder", "- interpretability", "- actcache"]
     model = trained.provenance.get("model", {}).get("name")
-    if model and model.count("/") == 1 and not model.startswith((".", "/")):
+    if _is_hub_name(model):
         lines.append(f"base_model: {model}")
     return "\n".join(["---", *lines, "---"])
 
 
-def _title(trained: TrainedSAE, sae: Portable) -> str:
+def _title(trained: TrainedSAE, layer: int | None) -> str:
     kinds = {
-        "stacked": "Sparse autoencoder" if len(sae.layers) == 1 else "Multi-layer sparse autoencoder",
+        "stacked": "Sparse autoencoder" if len(trained.layers) == 1 else "Multi-layer sparse autoencoder",
         "feature": "Sparse autoencoder of all layers side by side",
         "crosscoder": "Crosscoder",
         "transcoder": "Transcoder",
     }
     kind = kinds[trained.config.form]
     active = {
-        "topk": f"{sae.k} active in every row",
-        "batchtopk": f"{sae.k} active in a row on average",
+        "topk": f"{trained.sae.k} active in every row",
+        "batchtopk": f"{trained.sae.k} active in a row on average",
         "relu": "as many active as are positive",
     }[trained.config.activation]
+    one = "" if layer is None else f" What is here is for rows of layer {layer}."
     return (
-        f"# {kind}\n\n{sae.n_latents:,} latents, {active}; rows of width {sae.width // sae.n_slices} of "
-        f"layers {', '.join(map(str, trained.layers))}."
+        f"# {kind}\n\n{trained.sae.n_latents:,} latents, {active}; rows of width {trained.sae.width // trained.n_slices} of "
+        f"layers {', '.join(map(str, trained.layers))}.{one}"
     )
 
 
-def _made_from(trained: TrainedSAE, sae: Portable, facts: dict[str, Any]) -> str:
+def _made_from(trained: TrainedSAE, facts: dict[str, Any]) -> str:
     known = trained.provenance
     model, chosen = known.get("model", {}), known.get("selection", {})
     rows = {
         "language model": model.get("name"),
         "its revision": model.get("revision"),
         "SHA-256 of its weights": model.get("digest"),
-        "where in a block": " to ".join(sae.hooks) or None,
+        "where in a block": " to ".join(hooks_of(trained)) or None,
         "text": known.get("corpus"),
         "store": known.get("store"),
         "digest of the store's plan": known.get("plan"),
@@ -135,19 +134,43 @@ def _scores(scores: dict[str, Any]) -> str:
     )
 
 
-def _rows(sae: Portable) -> str:
-    return (
-        "" if sae.rows == "raw" else f"\n\nThis format does not standardise rows by itself: {sae.treatment}."
+def _rows(trained: TrainedSAE, name: str) -> str:
+    """What else a user of the format has to know about rows."""
+    rows = rows_of(trained)
+    if name == "actcache" or (name in CARRIES_ROWS and rows == "row"):
+        return ""
+    if rows == "raw":
+        return (
+            "\n\nThe fixed means and scales below are folded into the weights: raw rows go in and come out."
+        )
+    done = treatment(rows, is_autoencoder=trained.sae.is_autoencoder)
+    return f"\n\nThis format does not standardise rows by itself: {done}."
+
+
+def _model(trained: TrainedSAE) -> str:
+    """How to get the language model the rows come from."""
+    model = trained.provenance.get("model", {})
+    if not _is_hub_name(model.get("name")):
+        return ""
+    revision = "" if model.get("revision") is None else f', revision="{model["revision"]}"'
+    code = (
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{model["name"]}"{revision})'
     )
+    return f"\n\nThe rows come from this language model:\n\n```python\n{code}\n```"
 
 
-def _formulas(trained: TrainedSAE, sae: Portable) -> str:
-    selects = {
-        "topk": f"the {sae.k} largest of pre, through ReLU; of equal ones the lowest index",
-        "batchtopk": f"pre where pre >= {sae.threshold:.9g} and positive, else 0",
-        "relu": "max(pre, 0)",
-    }[trained.config.activation]
-    bias = " + b_enc" if sae.b_enc is not None else ""
+def _is_hub_name(name: str | None) -> bool:
+    return name is not None and name.count("/") == 1 and not name.startswith((".", "/"))
+
+
+def _formulas(trained: TrainedSAE) -> str:
+    sae, selects = trained.sae, "max(pre, 0)"
+    if trained.config.activation == "topk":
+        selects = f"the {sae.k} largest of pre, through ReLU; of equal ones the lowest index"
+    elif trained.config.activation == "batchtopk":
+        selects = f"pre where pre >= {float(sae.get_buffer('threshold')):.9g} and positive, else 0"
+    bias = " + b_enc" if sae.latent_bias is not None else ""
     skip = " + W_skip z" if sae.w_skip is not None else ""
     layer = trained.config.standardise == "layer"
     into = (

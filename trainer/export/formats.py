@@ -136,6 +136,17 @@ def load_for_export(run: Path, checkpoint: str | None = None) -> tuple[TrainedSA
     return trained, facts
 
 
+def check_exported(folder: Path) -> None:
+    """Raises NotFoundError or UsageError unless this is what `export` wrote, or a folder of such folders."""
+    inner = [path.parent for path in sorted(folder.glob("*/README.md"))]
+    for one in inner or [folder]:
+        detect(one)
+    if not inner and not (folder / "README.md").is_file():
+        raise UsageError(
+            f"{folder} has no README.md: upload what 'actcache export' writes, which has a model card"
+        )
+
+
 def _which(checkpoint: str) -> int | Literal["best", "last"]:
     if checkpoint == "best" or checkpoint == "last":
         return checkpoint

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from actcache.errors import NotFoundError, UnreachableError, UsageError
 
@@ -13,7 +16,15 @@ _TRANSPORT: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
 """What the hub client's HTTP library raises where nobody answers: its name changes with huggingface_hub's versions."""
 
 
-def push(folder: Path, repo_id: str, *, private: bool = False, endpoint: str | None = None) -> str:
+def is_repository(text: str) -> bool:
+    """Whether this can be the name of a repository: OWNER/NAME."""
+    owner, slash, name = text.partition("/")
+    return bool(slash and owner and name) and "/" not in name and not text.startswith((".", "~"))
+
+
+def push(
+    folder: Path, repo_id: str, *, private: bool = False, endpoint: str | None = None, quiet: bool = True
+) -> str:
     """Upload a folder as a model repository, made where it is not there; the login is huggingface_hub's.
 
     Args:
@@ -21,6 +32,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, endpoint: str | N
         repo_id: such as somebody/an-sae.
         private: of a repository that is made.
         endpoint: another hub.
+        quiet: without the client's progress bars.
 
     Returns:
         Address of the commit.
@@ -31,9 +43,10 @@ def push(folder: Path, repo_id: str, *, private: bool = False, endpoint: str | N
     """
     api = HfApi(endpoint=endpoint)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        message = f"Upload of {folder.name} with actcache"
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+        with _bars(quiet):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            message = f"Upload of {folder.name} with actcache"
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
     except HFValidationError as error:
         raise UsageError(f"{repo_id!r} is not the name of a repository: {error}") from error
     except HfHubHTTPError as error:
@@ -44,7 +57,14 @@ def push(folder: Path, repo_id: str, *, private: bool = False, endpoint: str | N
         raise UnreachableError(f"upload to {repo_id}: the hub cannot be reached: {error}") from error
 
 
-def download(repo_id: str, folder: Path, *, revision: str | None = None, endpoint: str | None = None) -> str:
+def download(
+    repo_id: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    quiet: bool = True,
+) -> str:
     """Bring a model repository's files into a folder.
 
     Args:
@@ -52,6 +72,7 @@ def download(repo_id: str, folder: Path, *, revision: str | None = None, endpoin
         folder: where they go.
         revision: commit, branch or tag.
         endpoint: another hub.
+        quiet: without the client's progress bars.
 
     Returns:
         The commit that was brought.
@@ -63,8 +84,9 @@ def download(repo_id: str, folder: Path, *, revision: str | None = None, endpoin
     """
     api = HfApi(endpoint=endpoint)
     try:
-        commit = api.model_info(repo_id, revision=revision).sha
-        api.snapshot_download(repo_id, revision=commit, local_dir=folder)
+        with _bars(quiet):
+            commit = api.model_info(repo_id, revision=revision).sha
+            api.snapshot_download(repo_id, revision=commit, local_dir=folder)
     except HFValidationError as error:
         raise UsageError(
             f"{repo_id!r} is neither a folder here nor the name of a repository: {error}"
@@ -78,12 +100,22 @@ def download(repo_id: str, folder: Path, *, revision: str | None = None, endpoin
     return str(commit)
 
 
+@contextmanager
+def _bars(quiet: bool) -> Iterator[None]:  # noqa: FBT001 (the only thing it is told)
+    were_off = are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet and not were_off:
+            enable_progress_bars()
+
+
 def _said(error: HfHubHTTPError, what: str, hint: str) -> UsageError | NotFoundError | UnreachableError:
     status = getattr(error.response, "status_code", None)
     if status in (401, 403):
         return UsageError(f"{what}: the hub refuses ({status}); {hint}")
     if status == 404:
-        return NotFoundError(
-            f"{what}: the hub has no such repository, revision or file, or not for you; {hint}"
-        )
-    return UnreachableError(f"{what}: the hub failed: {error}")
+        return NotFoundError(f"{what}: the hub has no such repository or revision, or not for you; {hint}")
+    return UnreachableError(f"{what}: the hub failed ({status}): {error}")

@@ -39,8 +39,8 @@ def write(sae: Portable, folder: Path) -> None:
     Raises:
         UsageError: the format has no such SAE.
     """
-    bias = sae.folded_b_enc(sae.b_out)
-    if not sae.is_autoencoder or sae.activation != "topk" or bool(bias.any()):
+    has_place = sae.is_autoencoder and sae.activation == "topk"
+    if not has_place or bool(sae.folded_b_enc(sae.b_out).any()):
         raise UsageError(
             "the mlsae format has top-k autoencoders without a bias of latents only; export this SAE for SAELens"
         )

@@ -13,7 +13,7 @@ Axes: d width of what goes in, e of what comes out, f latents, s slices (layers 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,13 @@ _IN = {
     f"z = (x - mean(x)) / (std(x) + {EPS}), std with divisor d - 1",
 }
 _OUT = f"and what comes out is restored, x = z * (std(x) + {EPS}) + mean(x)"
+
+
+def treatment(rows: Rows, *, is_autoencoder: bool) -> str:
+    """In words, what has to be done to rows outside of the weights."""
+    if rows == "raw":
+        return "raw rows go in and come out"
+    return f"{_IN[rows]}; {_OUT if is_autoencoder else 'what comes out is raw'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +93,6 @@ class Portable:
         return self.activation == "threshold" and self.threshold == 0
 
     @property
-    def treatment(self) -> str:
-        """In words, what has to be done to rows outside of the weights."""
-        if self.rows == "raw":
-            return "raw rows go in and come out"
-        return f"{_IN[self.rows]}; {_OUT if self.is_autoencoder else 'what comes out is raw'}"
-
-    @property
     def exclusive_threshold(self) -> float:
         """A float32 such that a > it exactly where a >= threshold: other projects compare so."""
         return _neighbour(self.threshold, -math.inf) if self.threshold > 0 else 0.0
@@ -117,10 +117,10 @@ def write_note(sae: Portable, *, carries_rows: bool = False) -> dict[str, Any]:
         sae: the SAE.
         carries_rows: the format itself standardises rows as this SAE needs it.
     """
-    seen = replace(sae, rows="raw") if carries_rows else sae
+    rows: Rows = "raw" if carries_rows else sae.rows
     return {
-        "rows": seen.treatment,
-        "standardise": seen.rows,
+        "rows": treatment(rows, is_autoencoder=sae.is_autoencoder),
+        "standardise": rows,
         "layers": list(sae.layers),
         "n_slices": sae.n_slices,
         "hooks": list(sae.hooks),
@@ -166,7 +166,6 @@ def make_portable(trained: TrainedSAE, layer: int | None = None) -> Portable:
     b_out = b_in if sae.out_bias is None else sae.out_bias.cpu()
     w_skip = None if sae.w_skip is None else sae.w_skip.cpu()
     into, out = trained.transforms
-    rows: Rows = "raw"
     if isinstance(into, LayerStandardise):
         mean, scale = _fixed(into, trained, layer)
         w_enc, b_in = w_enc / scale, mean + scale * b_in
@@ -175,8 +174,6 @@ def make_portable(trained: TrainedSAE, layer: int | None = None) -> Portable:
         if w_skip is not None:  # W_skip (x - mean) / scale
             w_skip = w_skip / scale
             b_out = b_out - w_skip @ mean
-    else:
-        rows = "row" if trained.n_slices == 1 else "slices"
     if isinstance(out, LayerStandardise):
         mean, scale = _fixed(out, trained, layer)
         w_dec, b_out = w_dec * scale, mean + scale * b_out
@@ -193,7 +190,7 @@ def make_portable(trained: TrainedSAE, layer: int | None = None) -> Portable:
         activation="topk" if selects == "topk" else "threshold",
         k=None if selects == "relu" else trained.config.k,
         threshold=float(sae.get_buffer("threshold")) if selects == "batchtopk" else 0.0,
-        rows=rows,
+        rows=rows_of(trained),
         is_autoencoder=sae.is_autoencoder,
         layers=layers,
         n_slices=trained.n_slices,
@@ -204,6 +201,13 @@ def make_portable(trained: TrainedSAE, layer: int | None = None) -> Portable:
             "provenance": trained.provenance,
         },
     )
+
+
+def rows_of(trained: TrainedSAE) -> Rows:
+    """What has to be done to rows outside of the weights, once fixed numbers are folded into them."""
+    if isinstance(trained.transforms.into, LayerStandardise):
+        return "raw"
+    return "row" if trained.n_slices == 1 else "slices"
 
 
 def _layers(trained: TrainedSAE, layer: int | None) -> tuple[int, ...]:

@@ -186,13 +186,15 @@ def _threshold(path: Path, thresholds: Tensor) -> float:
 
 
 def _place(config: dict[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Layer and hooks out of TransformerLens' names."""
+    """Layer and hooks out of TransformerLens' names; a hook that we have not keeps the name it has there."""
     metadata = {**config, **config.get("metadata", {})}
     layers, hooks = [], []
     ours = {theirs: name for name, theirs in HOOKS.items()}
     for key in ("hook_name", "hook_name_out"):
-        found = re.fullmatch(r"blocks\.(\d+)\.(\w+)", metadata.get(key) or "")
-        if found is not None and found[2] in ours:
+        name = metadata.get(key) or ""
+        found = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name)
+        if found is not None:
             layers.append(int(found[1]))
-            hooks.append(ours[found[2]])
+        if name:
+            hooks.append(ours.get(found[2], name) if found is not None else name)
     return tuple(dict.fromkeys(layers))[:1], tuple(hooks)
