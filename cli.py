@@ -879,7 +879,7 @@ def train(
         raise UsageError(
             "--form transcoder reads --hook and predicts --target-hook: give both, or another form without --target-hook"
         )
-    boards = [trackers.tensorboard] if tensorboard else []
+    boards = [trackers.tensorboard()] if tensorboard else []
     summary = _train(
         store,
         out,

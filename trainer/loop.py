@@ -116,8 +116,9 @@ def train_many(
         states = _start_or_restore(step, going, source, left, torch.device(device), init, kernels, ranks)
         members = []
         for name, state in states.items():
-            member = Member(name, folders[name], state, source, provenance or {}, ranks, trackers)
+            member = Member(name, folders[name], state, source, provenance or {}, ranks)
             stack.callback(member.close)
+            member.open(trackers)
             members.append(member)
         run = _Run(source, members, held_out, ranks, on_step, stop or (lambda: False))
         waited_before = source.waited_s()

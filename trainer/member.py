@@ -33,22 +33,28 @@ class Member:
         source: BatchSource,
         provenance: dict[str, Any],
         ranks: Ranks,
-        trackers: Sequence[MakeTracker],
     ) -> None:
         self.name, self.folder, self.state = name, folder, state
         self.error: NonFiniteError | None = None
         self._source, self._provenance, self._ranks = source, provenance, ranks
         self.saved_step = state.step or None
         self._line_rows, self._line_at, self._line_waited = state.rows, perf_counter(), source.waited_s()
-        self._metrics = self._evaluation = None
+        self._metrics: MetricsFile | None = None
+        self._evaluation: MetricsFile | None = None
         self._trackers: list[Tracker] = []
-        if ranks.is_first:
-            if state.step in folder.steps():
-                self.saved_step = state.step
-            self._metrics = MetricsFile(folder.metrics, keep_to_step=state.logged_step)
-            self._evaluation = MetricsFile(folder.evaluation, keep_to_step=state.step or -1)
-            config = state.config.model_dump(mode="json")
-            self._trackers = [make(folder.root, name, config, state.step) for make in trackers]
+
+    def open(self, trackers: Sequence[MakeTracker]) -> None:
+        """Open files and dashboards; what they hold of steps that are to come is cut off. `close` them."""
+        if not self._ranks.is_first:
+            return
+        state = self.state
+        if state.step in self.folder.steps():
+            self.saved_step = state.step
+        self._metrics = MetricsFile(self.folder.metrics, keep_to_step=state.logged_step)
+        self._evaluation = MetricsFile(self.folder.evaluation, keep_to_step=state.step or -1)
+        config = state.config.model_dump(mode="json")
+        for make in trackers:
+            self._trackers.append(make(self.folder.root, self.name, config, state.step))
 
     @property
     def config(self) -> TrainConfig:

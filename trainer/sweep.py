@@ -91,10 +91,11 @@ def make_configs(
 
 def describe(error: ValidationError) -> str:
     """What is wrong, setting by setting."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in p['loc']) or 'arguments'}: {p['msg'].removeprefix('Value error, ')}"
-        for p in error.errors()
-    )
+    found = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        found.append(f"{where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(found)
 
 
 class Memory(NamedTuple):

@@ -25,9 +25,8 @@ def _package(name: str, extra: str) -> Any:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, step: int) -> None:
-        writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -38,28 +37,24 @@ class _TensorBoard:
         self._writer.close()
 
 
-def tensorboard(folder: Path, name: str, config: dict[str, Any], step: int) -> Tracker:  # noqa: ARG001
-    """Event files in RUN/tensorboard; what a run that is resumed had logged after its checkpoint is dropped."""
-    return _TensorBoard(folder, step)
+def tensorboard() -> MakeTracker:
+    """Event files in RUN/tensorboard; what a run that is resumed had logged after its checkpoint is dropped.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+    package = _package("torch.utils.tensorboard", "tensorboard")
+
+    def make(folder: Path, name: str, config: dict[str, Any], step: int) -> Tracker:  # noqa: ARG001
+        return _TensorBoard(package.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
+
+    return make
 
 
 class _Wandb:
-    def __init__(self, project: str, folder: Path, name: str, config: dict[str, Any]) -> None:
-        wandb = _package("wandb", "wandb")
-        known = folder / "wandb-id"
-        if not known.exists():
-            durable.write_text(known, secrets.token_hex(8))
-        self._run = wandb.init(
-            project=project,
-            id=known.read_text(encoding="utf-8"),
-            name=name or folder.resolve().name,
-            config=config,
-            dir=str(folder),
-            resume="allow",
-            reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        self._run.define_metric("*", step_metric="step")
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        run.define_metric("*", step_metric="step")
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log({"step": step, **numbers})
@@ -69,9 +64,27 @@ class _Wandb:
 
 
 def wandb(project: str) -> MakeTracker:
-    """A run of the project for every SAE, the same one when it is resumed. WANDB_MODE=offline writes to RUN/wandb only."""
+    """A run of the project for every SAE, the same one when it is resumed. WANDB_MODE=offline writes to RUN/wandb only.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+    package = _package("wandb", "wandb")
 
     def make(folder: Path, name: str, config: dict[str, Any], step: int) -> Tracker:  # noqa: ARG001
-        return _Wandb(project, folder, name, config)
+        known = folder / "wandb-id"
+        if not known.exists():
+            durable.write_text(known, secrets.token_hex(8))
+        run = package.init(
+            project=project,
+            id=known.read_text(encoding="utf-8"),
+            name=name or folder.resolve().name,
+            config=config,
+            dir=str(folder),
+            resume="allow",
+            reinit="create_new",
+            settings=package.Settings(console="off", silent=True),
+        )
+        return _Wandb(run)
 
     return make

@@ -39,6 +39,12 @@ def source(**more):
     return random_source(epochs=2, **more)
 
 
+def stop_at(step):
+    """Asked to stop before step `step + 1`."""
+    count = iter(range(1000))
+    return lambda: next(count) >= step
+
+
 def kept(out):
     return sorted(int(p.name[5:]) for p in (out / "checkpoints").glob("step-*"))
 
@@ -112,7 +118,7 @@ def test_a_run_keeps_what_it_was_told_to(tmp_path):
     train(source(), config_of(keep_newest=1, keep_every_steps=4), tmp_path / "run")
     assert kept(tmp_path / "run") == [4, 8, 12, 13]
     # it is nobody else's business: a resumed run may keep others
-    train(source(), config_of(rows=300), tmp_path / "cut", stop=lambda n=iter(range(9)): next(n, 9) >= 5)
+    train(source(), config_of(rows=300), tmp_path / "cut", stop=stop_at(5))
     train(source(), config_of(rows=300, keep_newest=5), tmp_path / "cut", resume=True)
     assert len(kept(tmp_path / "cut")) == 5
 
@@ -155,7 +161,7 @@ def test_the_best_on_held_out_rows_is_kept(tmp_path):
 
 
 def test_evaluation_is_the_same_when_interrupted_and_changes_nothing(tmp_path):
-    held_out = dict(n_rows=90, seed=5)
+    held_out = {"n_rows": 90, "seed": 5}
     config = config_of(eval_every_steps=3, eval_rows=50, ema_decay=0.9)
     train(source(), config, tmp_path / "straight", held_out=random_source(**held_out))
     straight = (tmp_path / "straight" / "evaluation.jsonl").read_text()
@@ -164,13 +170,12 @@ def test_evaluation_is_the_same_when_interrupted_and_changes_nothing(tmp_path):
     assert first["mean"]["n_rows"] == 64  # the batch that reaches 50 is the second of 32
     for step in (0, 1, 3, 7, 14):
         out = tmp_path / str(step)
-        count = iter(range(100))
         train(
             source(),
             config,
             out,
             held_out=random_source(**held_out),
-            stop=lambda c=count, s=step: next(c) >= s,
+            stop=stop_at(step),
         )
         train(source(), config, out, held_out=random_source(**held_out), resume=True)
         assert (out / "evaluation.jsonl").read_text() == straight
@@ -217,8 +222,7 @@ def test_checkpoints_that_are_not_there(tmp_path):
 
 
 def test_an_unfinished_run_s_sae_can_be_loaded(tmp_path):
-    count = iter(range(100))
-    train(source(), config_of(), tmp_path, stop=lambda: next(count) >= 5, provenance={"model": "toy"})
+    train(source(), config_of(), tmp_path, stop=stop_at(5), provenance={"model": "toy"})
     with pytest.raises(NotFoundError, match="or ask for one of its checkpoints"):
         load_sae(tmp_path)
     sae = load_sae(tmp_path, checkpoint="last")
