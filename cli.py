@@ -820,6 +820,12 @@ def train(
     memory: Annotated[str | None, typer.Option(help="Bound on memory for reading, such as 2GiB.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of rows and of the initial weights.")] = 0,
     device: Device = "auto",
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="auto: triton on a GPU where it is installed, else sparse. Or reference, sparse, triton."
+        ),
+    ] = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
     keep: Annotated[
         int, typer.Option(help="Newest checkpoints kept; the best on held-out rows is kept too.")
@@ -886,6 +892,7 @@ def train(
         {name: value for name, value in chosen.items() if value is not None} | given,
         selection,
         device,
+        kernels=kernels,
         sweeps=sweep or [],
         per_layer=per_layer,
         init_from=init_from,
@@ -935,6 +942,7 @@ def _train(
     selection: dict[str, Any],
     device: str,
     *,
+    kernels: str = "auto",
     sweeps: list[str] | None = None,
     per_layer: bool = False,
     init_from: Path | None = None,
@@ -946,6 +954,7 @@ def _train(
 
     from trainer.checkpoint import load_sae
     from trainer.forms import FORMS
+    from trainer.kernels import make_kernels
     from trainer.loop import train_many
     from trainer.ranks import leave
     from trainer.sweep import make_configs
@@ -954,6 +963,7 @@ def _train(
     selection = {**selection, "stack": FORMS[config.form].stack}
     store = actcache.open(location)
     ranks, device = _processes(device)
+    chosen_kernels = make_kernels(kernels, device)
     shown = not quiet and ranks.is_first
     reading = {
         "device": device,
@@ -994,6 +1004,7 @@ def _train(
             held_out=held_out,
             init=None if init_from is None else load_sae(init_from, device=device),
             trackers=boards,
+            kernels=chosen_kernels,
             ranks=ranks,
             on_step=_step_watcher(progress, progress.add_task("train", total=n_total)),
             stop=stop.is_set,
@@ -1252,20 +1263,15 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a trained SAE in our own or another project's format, with a model card; its loaders read what comes out."""
-    from trainer.export.formats import export as write
-    from trainer.export.formats import load_for_export
-    from trainer.export.run import check_free, find_runs
+    from trainer.export.formats import export_runs
 
-    runs = find_runs(run)
-    check_free(out)
-    for name, folder in runs.items():
-        trained, facts = load_for_export(folder, checkpoint)
-        write(trained, out / name, sae_format, layer=layer, names_model=not no_model, facts=facts)
-        console.print(f"wrote {out / name}", highlight=False)
+    written = export_runs(run, out, sae_format, layer=layer, checkpoint=checkpoint, names_model=not no_model)
+    for folder in written:
+        console.print(f"wrote {folder}", highlight=False)
     commit = None if push_to is None else _push(out, push_to, private=private, quiet=as_json)
     if as_json:
-        written = [str(out / name) for name in runs]
-        print(json.dumps({"format": sae_format, "folders": written, "commit": commit}))
+        folders = [str(folder) for folder in written]
+        print(json.dumps({"format": sae_format, "folders": folders, "commit": commit}))
 
 
 @app.command()

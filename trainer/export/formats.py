@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from trainer.checkpoint import load_sae, step_of
 from trainer.export import dictionary_learning, mlsae, openai, saelens, sparsify
 from trainer.export.card import make_card
 from trainer.export.portable import hooks_of, make_portable
-from trainer.export.run import check_free, finished_again, form_of, make_finished
+from trainer.export.run import check_free, find_runs, finished_again, form_of, make_finished
 from trainer.run_folder import Finished, RunFolder
 from trainer.trained import TrainedSAE
 
@@ -31,6 +32,40 @@ FORMATS: dict[str, ModuleType] = {
 }
 
 NAMES = (OURS, *FORMATS)
+
+
+def export_runs(
+    root: Path,
+    out: Path,
+    name: str,
+    *,
+    layer: int | None = None,
+    checkpoint: str | None = None,
+    names_model: bool = True,
+) -> list[Path]:
+    """Write the SAE of a run to a new folder; of a folder of runs, each to one folder in it. All, or nothing.
+
+    Args:
+        root: a run, or a folder of runs as a sweep leaves them.
+        out: the new folder.
+        name: one of `NAMES`.
+        layer: see `make_portable`.
+        checkpoint: see `load_for_export`.
+        names_model: see `export`.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        NotFoundError: there is no run, or one is not finished and no checkpoint of it was asked for.
+        UsageError: as of `export`.
+    """
+    runs = find_runs(root)
+    with _appearing(out) as temporary:
+        for called, folder in runs.items():
+            trained, facts = load_for_export(folder, checkpoint)
+            _write(trained, temporary / called, name, layer, facts, names_model=names_model)
+    return [out / called for called in runs]
 
 
 def export(
@@ -50,35 +85,49 @@ def export(
         name: one of `NAMES`.
         layer: see `make_portable`.
         names_model: whether to say which language model and revision the rows come from.
-        facts: what the run's sae.json says besides: steps, rows, versions; for the card.
+        facts: what is known of the run besides: steps, rows, scores; for the card.
 
     Raises:
         UsageError: there is no such format, it has no such SAE, or `out` is there already.
     """
-    if name not in NAMES:
-        raise UsageError(f"format {name!r}: expected one of {', '.join(NAMES)}")
+    with _appearing(out) as temporary:
+        _write(trained, temporary, name, layer, facts or {}, names_model=names_model)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder that gets the name `out` when all that was to be written to it is."""
     check_free(out)
-    facts = facts or {}
-    if not names_model:
-        trained = replace(trained, provenance=without_model(trained.provenance))
-    card = make_card(trained, name, facts, layer)
-    if name == OURS:
-        write: Callable[[Path], None] = lambda folder: RunFolder(folder).finish(  # noqa: E731
-            finished_again(trained, facts)
-        )
-    else:
-        portable = make_portable(trained, layer)
-        write = lambda folder: FORMATS[name].write(portable, folder)  # noqa: E731
     temporary = out.with_name(durable.TEMPORARY + out.name)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write(temporary)
-        durable.write_text(temporary / "README.md", card)
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary)
         raise
     durable.put_in_place(temporary, out)
+
+
+def _write(
+    trained: TrainedSAE,
+    folder: Path,
+    name: str,
+    layer: int | None,
+    facts: dict[str, Any],
+    *,
+    names_model: bool,
+) -> None:
+    if name not in NAMES:
+        raise UsageError(f"format {name!r}: expected one of {', '.join(NAMES)}")
+    if not names_model:
+        trained = replace(trained, provenance=without_model(trained.provenance))
+    folder.mkdir(exist_ok=True)
+    if name == OURS:
+        RunFolder(folder).finish(finished_again(trained, facts))
+    else:
+        FORMATS[name].write(make_portable(trained, layer), folder)
+    durable.write_text(folder / "README.md", make_card(trained, name, facts, layer))
 
 
 def without_model(provenance: dict[str, Any]) -> dict[str, Any]:
