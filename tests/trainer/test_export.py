@@ -405,6 +405,26 @@ def test_layers_that_do_not_fit(tmp_path):
         read(tmp_path / "out").make((1,), {})
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "layers", "hooks"),
+    [
+        ("layers.3", "stacked", (3,), ("resid_post",)),
+        ("gpt_neox.layers.12.mlp", "stacked", (12,), ("mlp_out",)),
+        ("h.0.mlp", "transcoder", (0,), ("mlp_in", "mlp_out")),
+        ("h.7.attn", "stacked", (7,), ("attn_out",)),
+        ("layers.3.strange", "stacked", (3,), ("layers.3.strange",)),  # which no store has: it is asked for
+        ("experiment-2", "stacked", (), ()),
+    ],
+)
+def test_sparsify_names_the_place_in_the_folder(name, form, layers, hooks, tmp_path):
+    export(make_sae(form=form), tmp_path / name, "sparsify")
+    config = json.loads((tmp_path / name / "cfg.json").read_text())
+    config.pop("actcache")
+    (tmp_path / name / "cfg.json").write_text(json.dumps(config))
+    found = read(tmp_path / name)
+    assert (found.form, found.layers, found.hooks) == (form, layers, hooks)
+
+
 # The hub.
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,9 +88,8 @@ def read(folder: Path) -> Portable:
     b_out = weights.take("b_dec", width)
     is_autoencoder = not config.get("transcode", False)
     known = read_note(config)
-    named = re.search(r"(\d+)(?!.*\d)", folder.name)
-    if not known["layers"] and named is not None:
-        known["layers"] = (int(named[1]),)
+    if not known["layers"]:
+        known |= _place(folder.name, is_autoencoder=is_autoencoder)
     return Portable(
         w_enc=w_enc,
         w_dec=w_dec,
@@ -102,3 +102,21 @@ def read(folder: Path) -> Portable:
         is_autoencoder=is_autoencoder,
         **known,
     )
+
+
+def _place(name: str, *, is_autoencoder: bool) -> dict[str, Any]:
+    """Layer and hooks out of a folder's name, which is that of a module in the language model: layers.3, h.3.mlp."""
+    found = re.fullmatch(r"(?:[\w.]+\.)?(?:layers|layer|h|blocks)\.(\d+)(?:\.(\w+))?", name)
+    if found is None:
+        return {}
+    layer, module = int(found[1]), found[2]
+    hook = {
+        None: "resid_post",
+        "mlp": "mlp_out",
+        "attention": "attn_out",
+        "attn": "attn_out",
+        "self_attn": "attn_out",
+    }
+    if is_autoencoder:
+        return {"layers": (layer,), "hooks": (hook.get(module, name),)}
+    return {"layers": (layer,), "hooks": ("mlp_in", "mlp_out") if module == "mlp" else (name, name)}
