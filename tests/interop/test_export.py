@@ -150,6 +150,18 @@ def test_the_configurations_say_where_an_sae_belongs(tmp_path):
         assert config["actcache"]["layers"] == [3]
 
 
+@pytest.mark.parametrize("name", LOADERS)
+@torch.no_grad()
+def test_the_code_on_the_card_runs(name, tmp_path):
+    trained = make_sae()
+    export(trained, tmp_path / "out", name)
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    ours = compute(trained)
+    names = {"rows": ours.x if name == "saelens" else ours.z}
+    exec(code.replace("FOLDER", str(tmp_path / "out")), names)
+    assert relative(names["restored"], ours.xhat if name == "saelens" else ours.zhat) <= NEAR
+
+
 # What their trainers make is read as it is.
 
 
