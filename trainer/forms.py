@@ -56,6 +56,27 @@ class Rows(NamedTuple):
         return Rows(inputs, targets, self.layer_i.to(device))
 
 
+class Arrived(NamedTuple):
+    """A batch that all ranks have their share of.
+
+    batch      the share of this rank.
+    n_rows     rows over all ranks.
+    by_layer   rows over all ranks of every layer of the source; where a row holds all layers, `n_rows` for each.
+    """
+
+    batch: Batch
+    n_rows: int
+    by_layer: dict[int, int]
+
+    @classmethod
+    def alone(cls, batch: Batch) -> Arrived:
+        """A batch of which this process has everything."""
+        if batch.rows.ndim == 2 and len(batch.layer) == len(batch):
+            layers, counts = batch.layer.unique(return_counts=True)
+            return cls(batch, len(batch), dict(zip(layers.tolist(), counts.tolist(), strict=True)))
+        return cls(batch, len(batch), dict.fromkeys(batch.layer.tolist(), len(batch)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """One form; all there is to know of it.

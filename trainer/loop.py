@@ -14,31 +14,18 @@ import torch
 from actcache.errors import ActcacheError, NonFiniteError, UsageError
 from actcache.flow import Batch, BatchSource
 from trainer import heldout
+from trainer.begin import check_shared, common_step, fit, prepare, start_or_restore
 from trainer.config import TrainConfig
-from trainer.forms import FORMS, take_rows
+from trainer.forms import FORMS, Arrived, take_rows
 from trainer.kernels import Kernels, sparse
 from trainer.member import Member
 from trainer.provenance import layer_index
 from trainer.ranks import ALONE, Ranks
 from trainer.reports import MakeTracker, Outcome, RunSummary, StepReport
-from trainer.run_folder import RunFolder, check_same
-from trainer.state import Arrived, TrainState, count_steps
-from trainer.trained import TrainedSAE, weights_digest
-from trainer.window import read_first_window
+from trainer.run_folder import RunFolder
+from trainer.trained import TrainedSAE
 
 logger = logging.getLogger(__name__)
-
-SHARED = (
-    "form",
-    "batch_rows",
-    "rows",
-    "epochs",
-    "checkpoint_every_steps",
-    "eval_every_steps",
-    "eval_rows",
-    "log_every_steps",
-)
-"""Settings that SAEs trained on the same batches have in common."""
 
 
 def train(source: BatchSource, config: TrainConfig, out: Path, **more: Any) -> RunSummary:
@@ -92,14 +79,14 @@ def train_many(
         PeerError: another process of this run stopped.
     """
     started = perf_counter()
-    resolved = {name: _fit(config, source, init) for name, config in configs.items()}
-    _check_shared(resolved)
+    resolved = {name: fit(config, source, init) for name, config in configs.items()}
+    check_shared(resolved)
     first = next(iter(resolved.values()))
     if first.eval_every_steps is not None and held_out is None:
         raise UsageError(f"eval_every_steps={first.eval_every_steps} needs rows to evaluate on: held_out=")
     folders = {name: RunFolder(out / name) for name in resolved}
     with ExitStack() as stack:
-        found = ranks.on_first(lambda: _prepare(folders, resolved, source, stack, resume=resume))
+        found = ranks.on_first(lambda: prepare(folders, resolved, source, stack, resume=resume))
         done = found["done"]
         if len(done) == len(folders):
             result = next(iter(done.values()))
@@ -111,9 +98,11 @@ def train_many(
                 waited_s=0.0,
             )
         left = {name: config for name, config in resolved.items() if name not in done}
+        if left.keys() - found["failed"].keys():  # those given up stay so, unless there is nothing else to do
+            left = {name: config for name, config in left.items() if name not in found["failed"]}
         going = {name: folders[name] for name in left}
-        step = ranks.on_first(lambda: _common_step(going, found["new"]))
-        states = _start_or_restore(step, going, source, left, torch.device(device), init, kernels, ranks)
+        step = ranks.on_first(lambda: common_step(going, found["new"]))
+        states = start_or_restore(step, going, source, left, torch.device(device), init, kernels, ranks)
         members = []
         for name, state in states.items():
             member = Member(name, folders[name], state, source, provenance or {}, ranks)
@@ -129,7 +118,8 @@ def train_many(
         rows=run.rows,
         elapsed_s=perf_counter() - started,
         waited_s=source.waited_s() - waited_before,
-        failed={member.name: str(member.error) for member in members if member.error is not None},
+        failed={name: text for name, text in found["failed"].items() if name not in left}
+        | {member.name: str(member.error) for member in members if member.error is not None},
     )
 
 
@@ -247,6 +237,7 @@ class _Run:
                 member.error = error
                 if not self._live:
                     raise
+                member.give_up()
                 logger.warning("%s is given up, the others go on: %s", member.name, error)
                 continue
             if report is not None and self._on_step is not None:
@@ -278,120 +269,3 @@ class _Run:
             member.save()
         for member in self._live:  # all are saved, so every step that one still has is one that all have
             member.prune()
-
-
-def _fit(config: TrainConfig, source: BatchSource, init: TrainedSAE | None) -> TrainConfig:
-    """The resolved configuration, with the source's layers filled in."""
-    layers, form = tuple(source.layers), FORMS[config.form]
-    wanted = config.layers or layers
-    if not set(wanted) <= set(layers) or (form.is_joint and wanted != layers):
-        raise UsageError(
-            f"config.layers is {config.layers}, the source hands out layers {layers}; make the source with the layers"
-        )
-    width = form.width(source.width, layers)
-    try:
-        resolved = config.resolve(width)
-    except ValueError as error:
-        raise UsageError(f"this configuration does not fit rows of width {width}: {error}") from error
-    started_from = None if init is None else weights_digest(init.sae)
-    return resolved.model_copy(update={"layers": wanted, "init_from": started_from})
-
-
-def _check_shared(configs: Mapping[str, TrainConfig]) -> None:
-    for field in SHARED:
-        values = {name: getattr(config, field) for name, config in configs.items()}
-        if len(set(values.values())) > 1:
-            raise UsageError(
-                f"SAEs trained on the same batches have one {field}; here it is {values}. Train them apart"
-            )
-
-
-def _prepare(
-    folders: Mapping[str, RunFolder],
-    configs: Mapping[str, TrainConfig],
-    source: BatchSource,
-    stack: ExitStack,
-    *,
-    resume: bool,
-) -> dict[str, Any]:
-    """Make or check the folders, locked until the stack unwinds; returns what is `done` already and what is `new`."""
-    done, new = {}, []
-    for name, folder in folders.items():
-        stack.callback(folder.release)
-        if folder.prepare(configs[name], resume=resume):
-            new.append(name)
-        result = folder.finished()
-        if result is not None:
-            check_same({"source": (result["source"], source.fingerprint)}, str(folder.root))
-            done[name] = {"step": result["step"], "rows": result["rows"]}
-    return {"done": done, "new": new}
-
-
-def _start_or_restore(
-    step: int | None,
-    folders: Mapping[str, RunFolder],
-    source: BatchSource,
-    configs: Mapping[str, TrainConfig],
-    device: torch.device,
-    init: TrainedSAE | None,
-    kernels: Kernels,
-    ranks: Ranks,
-) -> dict[str, TrainState]:
-    if step is None:
-        first = read_first_window(source, next(iter(configs.values())))
-        return {
-            name: TrainState.start(
-                source, config, device, first=first, init=init, kernels=kernels, ranks=ranks
-            )
-            for name, config in configs.items()
-        }
-    states, cursor = {}, None
-    for name, folder in folders.items():
-        snapshot = folder.load(step, device)
-        cursor = snapshot.state["cursor"]
-        _check_source(snapshot.state, source, configs[name], folder, ranks)
-        states[name] = TrainState.restore(source, configs[name], snapshot, kernels=kernels, ranks=ranks)
-    assert cursor is not None
-    source.load_state_dict(cursor)
-    return states
-
-
-def _common_step(folders: Mapping[str, RunFolder], new: Sequence[str]) -> int | None:
-    """The newest step of which every folder has a checkpoint, others' later ones removed; None: begin.
-
-    All are saved before any is pruned, so where none is in common the first save was cut short.
-
-    Raises:
-        UsageError: some have checkpoints, and others are new.
-    """
-    steps = {name: set(folder.steps()) for name, folder in folders.items()}
-    common = max(set.intersection(*steps.values()), default=None)
-    if common is None and any(steps.values()) and set(new) & steps.keys():
-        there = "; ".join(f"{name}: {sorted(found) or 'none'}" for name, found in steps.items())
-        raise UsageError(
-            f"these SAEs cannot go on together, they have no checkpoint of the same step ({there}). Train them apart"
-        )
-    for folder in folders.values():
-        folder.forget_after(-1 if common is None else common)
-    return common
-
-
-def _check_source(
-    state: dict[str, Any], source: BatchSource, config: TrainConfig, folder: RunFolder, ranks: Ranks
-) -> None:
-    check_same(
-        {
-            "source": (state["source"], source.fingerprint),
-            "length of the source in batches": (state["total_steps"], count_steps(source, config)),
-        },
-        str(folder.root),
-    )
-    for what, now in (("threads", torch.get_num_threads()), ("processes", ranks.size)):
-        before = state["threads" if what == "threads" else "world_size"]
-        if before != now:
-            logger.warning(
-                "resuming with %d %s a run that had %d: the result is the same within rounding, no longer bit for bit",
-                now,
-                what,
-                before,
-            )

@@ -9,12 +9,13 @@ from typing import Any
 from actcache.errors import NonFiniteError
 from actcache.flow import BatchSource
 from trainer.config import TrainConfig
+from trainer.forms import Arrived
 from trainer.heldout import HeldOut
 from trainer.metrics import MetricsFile, flatten
 from trainer.ranks import Ranks
 from trainer.reports import MakeTracker, StepReport, Tracker
 from trainer.run_folder import RunFolder
-from trainer.state import Arrived, TrainState
+from trainer.state import TrainState
 from trainer.step import StepSums
 
 
@@ -162,6 +163,11 @@ class Member:
         if self._metrics is not None:
             config = self.config
             self.folder.prune(newest=config.keep_newest, every_steps=config.keep_every_steps)
+
+    def give_up(self) -> None:
+        """Remember why it was given up, so that the others can go on without it after an interruption too."""
+        if self._metrics is not None:
+            self.folder.mark_failed(str(self.error))
 
     def finish(self) -> None:
         """Write the last line, the last checkpoint and the result."""

@@ -9,6 +9,7 @@
         state.json                     step, rows, cursor, metric sums, digests of the two files above
       checkpoints/best.json            which checkpoint had the smallest held-out FVU
       sae.safetensors, sae.json        the result; sae.json is written last and makes the run finished
+      failed.json                      why it was given up while SAEs trained with it went on
       lock                             held by the process that trains
 
 No pickle anywhere. A checkpoint folder appears under its name only when complete.
@@ -79,6 +80,7 @@ class RunFolder:
         self._config = root / "config.json"
         self._checkpoints = root / "checkpoints"
         self._best = self._checkpoints / "best.json"
+        self._failed = root / "failed.json"
         self._lock: int | None = None
 
     # The folder.
@@ -215,6 +217,16 @@ class RunFolder:
         """Say which saved checkpoint is the best."""
         durable.write_text(self._best, _dumped({"step": step, "fvu": fvu}))
 
+    def failed(self) -> str | None:
+        """Why it was given up, if it was."""
+        if not self._failed.exists():
+            return None
+        return read_json(self._failed, f"remove {self._failed}")["error"]
+
+    def mark_failed(self, error: str) -> None:
+        """Say that it was given up."""
+        durable.write_text(self._failed, _dumped({"error": error}))
+
     def _folder(self, step: int) -> Path:
         return self._checkpoints / f"step-{step:08d}"
 
@@ -226,6 +238,7 @@ class RunFolder:
         digest = durable.write_tensors(self.root / "sae.safetensors", tensors)
         document = {"format": FORMAT, "digest": digest, **result.description}
         durable.write_text(self.root / "sae.json", _dumped(document))
+        self._failed.unlink(missing_ok=True)
 
     def finished(self) -> dict[str, Any] | None:
         """sae.json of a finished run, else None."""

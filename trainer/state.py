@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sized
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from actcache.errors import NonFiniteError, PlanMismatchError, UsageError
+from actcache.errors import NonFiniteError, UsageError
 from actcache.flow import Batch, BatchSource
 from trainer import schedule
 from trainer.config import TrainConfig
 from trainer.dead import DeadCounter
-from trainer.forms import FORMS, pick_layers
+from trainer.forms import FORMS, Arrived, pick_layers
 from trainer.kernels import Kernels, sparse
 from trainer.median import geometric_median
 from trainer.metrics import Interval
@@ -26,28 +26,8 @@ from trainer.step import StepSums, accumulate_gradients, apply_gradients, check_
 from trainer.task import Task
 from trainer.trained import TrainedSAE
 from trainer.transform import make_transforms
+from trainer.warm_start import take_weights
 from trainer.window import FirstWindow, measure, read_first_window
-
-
-class Arrived(NamedTuple):
-    """A batch that all ranks have their share of.
-
-    batch      the share of this rank.
-    n_rows     rows over all ranks.
-    by_layer   rows over all ranks of every layer of the source; where a row holds all layers, `n_rows` for each.
-    """
-
-    batch: Batch
-    n_rows: int
-    by_layer: dict[int, int]
-
-    @classmethod
-    def alone(cls, batch: Batch) -> Arrived:
-        """A batch of which this process has everything."""
-        if batch.rows.ndim == 2 and len(batch.layer) == len(batch):
-            layers, counts = batch.layer.unique(return_counts=True)
-            return cls(batch, len(batch), dict(zip(layers.tolist(), counts.tolist(), strict=True)))
-        return cls(batch, len(batch), dict.fromkeys(batch.layer.tolist(), len(batch)))
 
 
 class TrainState:
@@ -137,7 +117,7 @@ class TrainState:
             if init is None:
                 model.bias.copy_(geometric_median(task.see(rows)[0], ranks=ranks))
             else:
-                _take_weights(model, init, config)
+                take_weights(model, init, config)
         return cls(task, total_steps, ranks)
 
     @classmethod
@@ -360,26 +340,3 @@ def count_steps(source: BatchSource, config: TrainConfig) -> int | None:
     if needs is not None:
         raise UsageError(f"{needs}, but this source does not say how long it is; give rows=, or set it to 0")
     return None
-
-
-def _take_weights(model: Dictionary, init: TrainedSAE, config: TrainConfig) -> None:
-    """Start from the weights of `init`, decoder norms folded into activations."""
-    weights, own = init.sae.state_dict(), model.state_dict()
-    optional = {"threshold", "latent_bias", "w_skip"}
-    problems = [
-        f"{name} is {list(weights[name].shape) if name in weights else 'missing'} there and {list(x.shape)} here"
-        for name, x in own.items()
-        if (name in weights and weights[name].shape != x.shape)
-        or (name not in weights and name not in optional)
-    ]
-    problems += [
-        f"{name} is there and not here" for name in weights if name not in own and name != "threshold"
-    ]
-    if init.config.form != config.form:
-        problems.append(f"form is {init.config.form!r} there and {config.form!r} here")
-    if init.config.standardise != config.standardise:
-        problems.append(f"standardise is {init.config.standardise!r} there and {config.standardise!r} here")
-    if problems:
-        raise PlanMismatchError(f"the SAE to start from does not fit this run: {'; '.join(problems)}")
-    model.load_state_dict({**own, **{name: x for name, x in weights.items() if name in own}})
-    model.fold_norms()

@@ -193,6 +193,22 @@ def test_one_that_diverges_is_given_up_and_the_others_go_on(tmp_path, caplog):
         train_many(source(), {"x": configs["bad"], "y": configs["bad"]}, tmp_path / "none")
 
 
+def test_one_given_up_stays_so_when_the_others_are_resumed(tmp_path):
+    bad = TrainConfig(**{**FIELDS, "lr": 1e30, "decay_frac": 0.0})
+    configs = {"good": TrainConfig(**FIELDS), "bad": bad, "fine": TrainConfig(**{**FIELDS, "k": 2})}
+    train_many(source(), configs, tmp_path / "straight")
+    stopped = train_many(source(), configs, tmp_path / "cut", stop=StopAt(9))
+    assert list(stopped.failed) == ["bad"]
+    summary = train_many(source(), configs, tmp_path / "cut", resume=True)
+    assert summary.outcome == "finished"
+    assert summary.failed == stopped.failed
+    for name in ("good", "fine"):
+        assert result(tmp_path / "cut" / name) == result(tmp_path / "straight" / name)
+    # alone it is tried again
+    with pytest.raises(NonFiniteError):
+        train_many(source(), configs, tmp_path / "cut", resume=True)
+
+
 @pytest.mark.parametrize("field", ["batch_rows", "rows", "form", "log_every_steps"])
 def test_what_must_be_the_same_for_all(tmp_path, field):
     other = {"batch_rows": 16, "rows": 64, "form": "feature", "log_every_steps": 5}[field]
