@@ -51,6 +51,9 @@ GPU = {
     "main bfloat16": Shape(d=512, f=32_768, k=32, b=8192, device="cuda", precision="bfloat16"),
 }
 
+STEPS_AND_SEEDS = {"small": (100, 3)}
+"""Of the comparison of quality; else 60 steps and one seed."""
+
 
 def make_rows(n: int, d: int, seed: int) -> Tensor:
     """Standardised rows [n, d]: a few of 8 d directions each, whose frequencies fall off, and noise."""
@@ -176,8 +179,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=("speed", "quality"))
     parser.add_argument("--shape", action="append", help="one of the shapes, by name; default: all")
     arguments = parser.parse_args()
@@ -186,15 +187,15 @@ def main() -> None:
     shapes = {name: shape for name, shape in shapes.items() if name in (arguments.shape or shapes)}
     report = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     for part, measure in (
-        ("speed", lambda shape: measure_speed(shape, arguments.rounds)),
-        ("quality", lambda shape: measure_quality(shape, arguments.steps, arguments.seeds)),
+        ("speed", lambda _, shape: measure_speed(shape, arguments.rounds)),
+        ("quality", lambda name, shape: measure_quality(shape, *STEPS_AND_SEEDS.get(name, (60, 1)))),
     ):
         if arguments.only in (None, part):
             section = report.setdefault(part, {})
             section |= {"machine": machine()}
             for name, shape in shapes.items():
                 print(part, name, shape, flush=True)
-                section[name] = measure(shape)
+                section[name] = measure(name, shape)
                 shown = {
                     k: v for k, v in section[name].items() if k in ("over_product", "others_over_ours", "fvu")
                 }

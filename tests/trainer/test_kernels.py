@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -220,6 +224,15 @@ def test_kernels_are_chosen_by_name():
     assert make_kernels("reference", "cpu") is reference
     with pytest.raises(UsageError, match="'fast': expected one of auto, reference, sparse, triton"):
         make_kernels("fast", "cpu")
+
+
+def test_nothing_is_imported_before_it_is_chosen():
+    code = (
+        "import sys, trainer.loop, trainer.kernels; from trainer.kernels import make_kernels; make_kernels('auto', 'cpu');"
+        "sys.exit('trainer.kernels.triton' in sys.modules or 'trainer.kernels.reference' in sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
 def test_triton_missing_is_said(monkeypatch):
