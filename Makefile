@@ -57,6 +57,8 @@ bench: $(VENV)/.interop
 	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/shuffle.py --work build/bench --out benchmarks/results/shuffle.json
 	$(BIN)/python benchmarks/memory.py --work build/bench --out benchmarks/results/memory.json
+	$(BIN)/python benchmarks/train_wait.py --work build/bench --out benchmarks/results/train_wait.json
+	$(BIN)/python benchmarks/train_sweep.py --work build/bench --out benchmarks/results/train_sweep.json
 	$(BIN)/python benchmarks/object_storage.py --out benchmarks/results/object_storage.json
 	PYTHONPATH=$(INTEROP) $(BIN)/python benchmarks/train.py --out benchmarks/results/train.json
 

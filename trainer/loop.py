@@ -78,7 +78,7 @@ def train_many(
         DamageError: a checkpoint is not what was written.
         PeerError: another process of this run stopped.
     """
-    started = perf_counter()
+    started, waited_before = perf_counter(), source.waited_s()
     resolved = {name: fit(config, source, init) for name, config in configs.items()}
     check_shared(resolved)
     first = next(iter(resolved.values()))
@@ -110,7 +110,6 @@ def train_many(
             member.open(trackers)
             members.append(member)
         run = _Run(source, members, held_out, ranks, on_step, stop or (lambda: False))
-        waited_before = source.waited_s()
         outcome = run.go()
     return RunSummary(
         outcome=outcome,
