@@ -1,6 +1,8 @@
 """The command line: one command per arrow of the flow. The only module that wires, prints and reads the environment."""
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import signal
@@ -10,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console, RenderableType
@@ -30,9 +32,11 @@ import actcache
 from actcache.errors import ActcacheError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
-    from actcache.producer.build import BuildSummary
+    from actcache.producer.build import BuildSummary, Reporter
+    from actcache.producer.corpus import Corpus
     from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
+    from actcache.producer.settings import Settings
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
@@ -179,15 +183,71 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 @app.command()
 def build(
+    ctx: typer.Context,
     model: Annotated[str, typer.Option(help="Hub id or local folder of a causal language model.")],
-    corpus: Annotated[
-        str, typer.Option(help="Text: .txt, .jsonl, .jsonl.gz, .jsonl.zst, a folder of them, or a glob.")
-    ],
     out: Annotated[Path, typer.Option(help="Where the store goes, for example acts.zarr.")],
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:WEIGHT]",
+            help="Text: .txt, .jsonl or .json lines (.gz, .zst), .parquet; token ids: .npy, .bin. A file, a folder, a glob, or "
+            "any fsspec URL such as hf://datasets/... Repeat, each with a weight, to mix several in these shares of the tokens.",
+        ),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to cache. Without it: the whole corpus.")] = None,
+    allow_short: Annotated[
+        bool,
+        typer.Option("--allow-short", help="With --tokens: take a corpus that has fewer as far as it goes."),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
-    text_column: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Field that holds the text: text, or messages with --chat-template, where left out."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tokenizer|NAME|FILE",
+            help="Make text of lists of messages: by the tokenizer's own template, one it has by name, or a .jinja file.",
+        ),
+    ] = None,
+    ids_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Field that holds token ids, such as input_ids, of a corpus that is tokenised already."
+        ),
+    ] = None,
+    token_dtype: Annotated[
+        str, typer.Option(help="Numbers in .bin files: uint16, uint32, int32 or int64.")
+    ] = "uint16",
+    document_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Ids per document of .bin and flat .npy files. Without it documents end at the EOS."
+        ),
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence, the unit the model runs on.")] = 128,
+    packing: Annotated[
+        str,
+        typer.Option(
+            help="packed: documents end to end. document: one in each sequence, cut to it or filled up with padding."
+        ),
+    ] = "packed",
+    isolate_documents: Annotated[
+        bool,
+        typer.Option(
+            "--isolate-documents", help="Packed documents do not see each other: each as if run alone."
+        ),
+    ] = False,
+    separator: Annotated[
+        str,
+        typer.Option(
+            help="What begins every document: eos, bos, none, or auto: EOS (else BOS) before text, nothing before messages "
+            "and ids."
+        ),
+    ] = "auto",
     bos: Annotated[bool, typer.Option(help="Begin every sequence with the tokenizer's BOS token.")] = False,
     layers: Annotated[
         str, typer.Option(help='Blocks to cache: "all", "0,3,5" or "0:6" (6 not included).')
@@ -196,6 +256,14 @@ def build(
         list[str] | None,
         typer.Option(
             help="Where in a block: resid_post (default), resid_pre, mlp_in, mlp_out, attn_out. Repeat for several."
+        ),
+    ] = None,
+    hook_module: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:in|:out]",
+            help="Or any module of every block, its input or its output (where left out), such as "
+            "layers.*.mlp.up_proj:out. Repeat for several.",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Stored as bfloat16, float16 or float32.")] = "bfloat16",
@@ -208,7 +276,10 @@ def build(
     ] = 0.01,
     exclude_first: Annotated[
         int,
-        typer.Option(help="Never train on the first N positions of a sequence: attention sinks live there."),
+        typer.Option(
+            help="Never train on the first N positions of a sequence (of a document where they are isolated): attention "
+            "sinks live there."
+        ),
     ] = 1,
     seed: Annotated[
         int, typer.Option(help="Decides the holdout, the order of sequences and the mixing of rows.")
@@ -221,40 +292,152 @@ def build(
     ] = "1GiB",
     sequences_per_shard: Annotated[int | None, typer.Option(help="Shard size by hand, in sequences.")] = None,
     device: Device = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: spread a large model over all GPUs, then memory, then disk. Needs accelerate; --device is not used."
+        ),
+    ] = None,
     encode_threads: Annotated[int, typer.Option(help="Threads that compress.")] = 1,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add",
+            help="Add a hook or layers to the store that is there, from its own tokens: give --model, --out, --hook, --layers.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a language model over text and cache its activations. Run the same command again to continue."""
-    from actcache.model import load_model, load_tokenizer, parse_layers
-    from actcache.producer.corpus import open_corpus
-    from actcache.producer.plan import Settings
-
-    _choice("dtype", dtype, ("bfloat16", "float16", "float32"))
-    _choice("codec", codec, ("zstd", "lz4", "none"))
-    _choice("model-dtype", model_dtype, ("auto", "bfloat16", "float16", "float32"))
-    text = open_corpus(corpus, text_column)
+    options = {name: value for name, value in locals().items() if name != "ctx"}
+    _check_build_choices(options)
     _quiet_transformers()
-    tokenizer = load_tokenizer(model, revision)
-    decoder = load_model(model, revision=revision, dtype=model_dtype, device=_device(device))
-    settings = Settings(
-        out=out,
-        hooks=tuple(hook or ("resid_post",)),
-        layers=parse_layers(layers, decoder.n_layers),
-        dtype=dtype,
-        codec=codec,
-        n_tokens=tokens,
-        seq_len=seq_len,
-        bos=bos,
-        holdout_frac=holdout,
-        exclude_first=exclude_first,
-        seed=seed,
-        batch_size=batch_size,
-        sequences_per_shard=sequences_per_shard,
-        shard_memory_bytes=_size(shard_memory),
-    )
-    summary = _build(settings, decoder, tokenizer, text, Path(corpus).name, encode_threads, quiet=as_json)
+    if add:
+        said = {name: ctx.get_parameter_source(name) for name in options}
+        summary = _add(
+            options, {name for name, source in said.items() if source and source.name != "DEFAULT"}
+        )
+    else:
+        summary = _build_new(options)
     if as_json:
         print(json.dumps({**asdict(summary), "store": str(summary.store)}))
+
+
+_OF_THE_RUN = frozenset(
+    (
+        *("model", "out", "revision", "layers", "hook", "hook_module", "dtype", "model_dtype", "codec"),
+        *("shard_memory", "device", "device_map", "encode_threads", "add", "as_json"),
+    )
+)
+"""Options of `build` that go with --add; the plan of the store says the others."""
+
+
+def _check_build_choices(options: dict[str, Any]) -> None:
+    _choice("dtype", options["dtype"], ("bfloat16", "float16", "float32"))
+    _choice("codec", options["codec"], ("zstd", "lz4", "none"))
+    _choice("model-dtype", options["model_dtype"], ("auto", "bfloat16", "float16", "float32"))
+    _choice("packing", options["packing"], ("packed", "document"))
+    _choice("separator", options["separator"], ("auto", "eos", "bos", "none"))
+
+
+def _hooks(options: dict[str, Any]) -> tuple[str, ...]:
+    modules = [name if ":" in name else f"{name}:out" for name in options["hook_module"] or ()]
+    return (*(options["hook"] or ([] if modules else ["resid_post"])), *modules)
+
+
+def _open_corpus(options: dict[str, Any], tokenizer: Any, n_ids: int) -> tuple["Corpus", str]:
+    """The corpus, and what it is called in the plan."""
+    from actcache.producer.corpus import choose_fields, open_corpus
+
+    if not options["corpus"]:
+        raise UsageError("--corpus is missing: what text is to be run? (Only --add needs none)")
+    names = ("text_column", "ids_column", "chat_template", "token_dtype", "document_tokens")
+    corpus = open_corpus(
+        options["corpus"], choose_fields(tokenizer, n_ids, **{name: options[name] for name in names})
+    )
+    return corpus, " + ".join(source.name for source in corpus.sources)
+
+
+def _settings(options: dict[str, Any], n_layers: int) -> "Settings":
+    from actcache.model import parse_layers
+    from actcache.producer.settings import Settings
+
+    return Settings(
+        out=options["out"],
+        hooks=_hooks(options),
+        layers=parse_layers(options["layers"], n_layers),
+        dtype=options["dtype"],
+        codec=options["codec"],
+        n_tokens=options["tokens"],
+        allow_short=options["allow_short"],
+        seq_len=options["seq_len"],
+        packing=options["packing"],
+        isolate_documents=options["isolate_documents"],
+        bos=options["bos"],
+        separator=options["separator"],
+        holdout_frac=options["holdout"],
+        exclude_first=options["exclude_first"],
+        seed=options["seed"],
+        batch_size=options["batch_size"],
+        sequences_per_shard=options["sequences_per_shard"],
+        shard_memory_bytes=_size(options["shard_memory"]),
+    )
+
+
+def _load(options: dict[str, Any], dtype: str, device: str) -> Any:
+    from actcache.model import load_model
+
+    return load_model(
+        options["model"],
+        revision=options["revision"],
+        dtype=dtype,
+        device=_device(device),
+        device_map=options["device_map"],
+    )
+
+
+def _build_new(options: dict[str, Any]) -> "BuildSummary":
+    from actcache.model import load_skeleton, load_tokenizer
+
+    tokenizer = load_tokenizer(options["model"], options["revision"])
+    skeleton = load_skeleton(options["model"], revision=options["revision"])
+    corpus, name = _open_corpus(options, tokenizer, skeleton.vocab_size)
+    settings = _settings(options, skeleton.n_layers)  # mistakes are found before weights are loaded
+    decoder = _load(options, options["model_dtype"], options["device"])
+    return _build(
+        settings, decoder, tokenizer, corpus, name, options["encode_threads"], quiet=options["as_json"]
+    )
+
+
+def _add(options: dict[str, Any], given: set[str]) -> "BuildSummary":
+    from actcache.model import parse_layers
+    from actcache.producer.add import Addition, add_to_store
+    from actcache.store.open import open_catalog
+
+    wrong = sorted(f"--{name.replace('_', '-')}" for name in given - _OF_THE_RUN)
+    if wrong:
+        raise UsageError(f"--add takes the plan from {options['out']}: leave out {', '.join(wrong)}")
+    request = open_catalog(str(options["out"])).plan.request
+    decoder = _load(
+        options,
+        options["model_dtype"] if "model_dtype" in given else request.model.compute_dtype,
+        options["device"] if "device" in given or request.device not in ("cpu", "cuda") else request.device,
+    )
+    addition = Addition(
+        hooks=_hooks(options),
+        layers=parse_layers(options["layers"], decoder.n_layers),
+        dtype=options["dtype"],
+        codec=options["codec"],
+        memory_bytes=_size(options["shard_memory"]) if "shard_memory" in given else None,
+    )
+    return _run_build(
+        options["out"],
+        None,
+        lambda reporter: add_to_store(
+            options["out"], addition, decoder, encode_threads=options["encode_threads"], reporter=reporter
+        ),
+        quiet=options["as_json"],
+    )
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -270,19 +453,41 @@ def _quiet_transformers() -> None:
 
 
 def _build(
-    settings: Any,
+    settings: "Settings",
     decoder: Any,
     tokenizer: Any,
-    text: Any,
+    corpus: "Corpus",
     corpus_name: str,
     encode_threads: int,
     *,
     quiet: bool,
 ) -> "BuildSummary":
-    from actcache.producer.build import Reporter, build
+    from actcache.producer.build import build
+
+    return _run_build(
+        settings.out,
+        settings.n_tokens,
+        lambda reporter: build(
+            settings,
+            decoder,
+            tokenizer,
+            corpus,
+            corpus_name=corpus_name,
+            encode_threads=encode_threads,
+            reporter=reporter,
+        ),
+        quiet=quiet,
+    )
+
+
+def _run_build(
+    out: Path, n_tokens: int | None, work: Callable[["Reporter"], "BuildSummary"], *, quiet: bool
+) -> "BuildSummary":
+    """Do the work of a build with bars and messages; stopped with Ctrl-C or SIGTERM it says how to go on."""
+    from actcache.producer.build import Reporter
 
     with _progress("tok", quiet=quiet) as progress:
-        planning = progress.add_task("tokenise", total=settings.n_tokens)
+        planning = progress.add_task("tokenise", total=n_tokens, visible=False)
         running = progress.add_task("activations", total=None, visible=False)
 
         def started(n_done: int, n_tokens: int) -> None:
@@ -291,29 +496,21 @@ def _build(
 
         def forecast(grid: "Grid", size: "SizeForecast") -> None:
             if not quiet:
-                _print_forecast(settings.out, grid, size)
+                _print_forecast(out, grid, size)
 
         reporter = Reporter(
-            on_tokens=lambda n: progress.update(planning, completed=n),
+            on_tokens=lambda n: progress.update(planning, completed=n, visible=True),
             on_forecast=forecast,
             on_start=started,
             on_forward=lambda n: progress.advance(running, n),
         )
         terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            summary = build(
-                settings,
-                decoder,
-                tokenizer,
-                text,
-                corpus_name=corpus_name,
-                encode_threads=encode_threads,
-                reporter=reporter,
-            )
+            summary = work(reporter)
         except KeyboardInterrupt:
             progress.stop()
             console.print(
-                f"stopped; every committed shard of {settings.out} is safe. Run the same command again to continue."
+                f"stopped; every committed shard of {out} is safe. Run the same command again to continue."
             )
             sys.exit(130)
         finally:
@@ -357,6 +554,108 @@ def _print_build(summary: "BuildSummary") -> None:
         f"({summary.raw_bytes / max(1, summary.disk_bytes):.2f}x); the {slowest} was the bottleneck",
         highlight=False,
     )
+
+
+# plan
+
+
+def _like_build(
+    **changed: Any,
+) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
+    """A command with the options of `build`, changed: other ones, and None for those it does not have."""
+
+    def wrap(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        hints = get_type_hints(build, include_extras=True)
+        own = {
+            p.name: p.replace(annotation=hints[p.name]) for p in inspect.signature(build).parameters.values()
+        }
+        del own["ctx"]
+        last = own.pop("as_json")
+        parameters = [p for p in {**own, **changed, "as_json": last}.values() if p is not None]
+
+        @functools.wraps(command)
+        def call(**options: Any) -> None:
+            command(options)
+
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+
+    return wrap
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation
+    )
+
+
+@app.command()
+@_like_build(
+    out=_option(
+        "out",
+        Annotated[Path, typer.Option(help="Where the store would go: what is free there is said.")],
+        Path("acts.zarr"),
+    ),
+    model_dtype=None,
+    device=None,
+    device_map=None,
+    encode_threads=None,
+    add=None,
+    read=_option(
+        "read",
+        Annotated[
+            bool,
+            typer.Option(
+                "--read",
+                help="Read the whole of what a build would read, to know whether there is enough. Always done where the "
+                "number of tokens does not say all: without --tokens, and with --packing document.",
+            ),
+        ],
+        default=False,
+    ),
+    tokens_per_s=_option(
+        "tokens_per_s",
+        Annotated[
+            float | None,
+            typer.Option(help="Tokens per second that the model runs at, to say how long it takes."),
+        ],
+        None,
+    ),
+)
+def plan(options: dict[str, Any]) -> None:
+    """What build would make of the same options: tokens, shards, bytes, time. Needs no weights, writes nothing."""
+    from actcache.model import load_skeleton, load_tokenizer
+    from actcache.producer.forecast import make_forecast
+    from actcache.producer.present_forecast import forecast_lines, forecast_notes, forecast_table
+
+    _check_build_choices({**options, "model_dtype": "auto"})
+    _quiet_transformers()
+    if options["tokens_per_s"] is not None and options["tokens_per_s"] <= 0:
+        raise UsageError(f"--tokens-per-s {options['tokens_per_s']:g}: expected a number above 0")
+    decoder = load_skeleton(options["model"], revision=options["revision"])
+    tokenizer = load_tokenizer(options["model"], options["revision"])
+    corpus, _name = _open_corpus(options, tokenizer, decoder.vocab_size)
+    settings = _settings(options, decoder.n_layers)
+    with _progress("tok", quiet=options["as_json"]) as progress:
+        task = progress.add_task("tokenise", total=settings.n_tokens, visible=False)
+        found = make_forecast(
+            settings,
+            decoder,
+            tokenizer,
+            corpus,
+            read=options["read"],
+            tokens_per_s=options["tokens_per_s"],
+            on_tokens=lambda n: progress.update(task, completed=n, visible=True),
+        )
+    if options["as_json"]:
+        print(json.dumps({**asdict(found), "grid": found.grid.as_json()}))
+        return
+    out = Console()
+    for line in forecast_lines(found):
+        out.print(line, highlight=False)
+    out.print(forecast_table(found))
+    out.print(forecast_notes(found), highlight=False, style="dim")
 
 
 # import
@@ -1442,7 +1741,7 @@ def demo(
     from actcache.model import load_model, load_tokenizer
     from actcache.producer import samples
     from actcache.producer.corpus import open_corpus
-    from actcache.producer.plan import Settings
+    from actcache.producer.settings import Settings
 
     started = time.perf_counter()
     _quiet_transformers()

@@ -53,11 +53,14 @@ def make_store(
             digest=zeros,
         ),
         tokenizer=TokenizerRecord(
-            digest=zeros, vocab_size=50_000, separator_id=0, bos_id=None, special_ids=(0,)
+            digest=zeros, vocab_size=50_000, bos_id=None, special_ids=(0,), chat_template=None
         ),
-        corpus=CorpusRecord(name="synthetic", text_column="text", files=()),
+        corpus=CorpusRecord(name="synthetic", sources=()),
         n_tokens=n_tokens,
+        allow_short=False,
         seq_len=seq_len,
+        packing="packed",
+        isolate_documents=False,
         bos=False,
         holdout_frac=0.0,
         exclude_first=0,
@@ -89,6 +92,8 @@ def make_store(
             n_documents_skipped=0,
             n_documents_empty=0,
             n_tokens=n_tokens,
+            n_tokens_cut=0,
+            sources=(),
             digest=zeros,
         )
         create_plan(

@@ -89,6 +89,8 @@ class TrainConfig(BaseModel):
         seed: of the initial weights.
         loss_space: `raw` weighs a row's error by its size in the model; `standardised` weighs all rows alike.
         precision: of products: `bfloat16` multiplies in bfloat16; weights, gradients' sums and Adam stay in float32.
+        compile: put element-wise parts of a step through torch.compile. Ours: off, since it takes a C++ compiler and some
+            seconds to begin, and saves a few hundredths of a step on a CPU (docs/design/log.md).
         init_from: SHA-256 of the weights the run starts from; None: from `seed`. Set by `train`.
         checkpoint_every_steps: may differ between a run and its resumption, like the four below. Ours.
         keep_newest: checkpoints kept, the newest first. Ours.
@@ -133,6 +135,7 @@ class TrainConfig(BaseModel):
     seed: CountOrZero = 0
     loss_space: LossSpace = "raw"
     precision: Precision = "float32"
+    compile: bool = False
     init_from: str | None = None
     checkpoint_every_steps: Count = 1000
     keep_newest: Count = 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,17 @@ def slice_weights(
     """
     weights = (layer_i.shape[1] * width * var_layer[layer_i]).reciprocal()
     return weights * scale.squeeze(-1).square() if space == "raw" else weights
+
+
+def errors(z: Tensor, zhat: Tensor) -> tuple[Tensor, Tensor]:
+    """The error e = z - zhat [b, s, d], and ||e||^2 of each slice [b, s]."""
+    error = z - zhat
+    return error, torch.linalg.vecdot(error, error)
+
+
+def distances(targets: Tensor, mean_layer: Tensor, layer_i: Tensor) -> Tensor:
+    """||x - mean_l||^2 of slices x [b, s, d] of layers layer_i [b or 1, s], mean_l [l, d]; float32 [b, s]."""
+    return (targets.to(torch.float32) - mean_layer[layer_i]).square().sum(2)
 
 
 def reconstruction_loss(squared_error: Tensor, weights: Tensor, batch_rows: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from actcache.errors import NonFiniteError
 from actcache.flow import Batch
 from trainer import loss
+from trainer.compiled import fused
 from trainer.forms import Rows
 from trainer.provenance import describe_non_finite
 from trainer.ranks import Ranks
@@ -108,38 +109,35 @@ def accumulate_gradients(task: Task, rows: Rows, wanted: Wanted, l1_coef: float 
     parts = rows.split(task.config.micro_rows or max(1, len(rows.inputs)))
     sums = _Sums(len(task.layers), model.n_latents, task.device)
     prepared = model.selection.prepare(model, (task.see(part)[0] for part in parts), wanted)
+    is_compiled = task.config.compile
+    errors = fused(loss.errors, is_wanted=is_compiled)
+    distances = fused(loss.distances, is_wanted=is_compiled)
     for i, part in enumerate(parts):
         z, target = task.see(part)
         layer_i = part.layer_i.to(task.device)
         weights = task.weights(target, layer_i)
         found = prepared.encode(i, z)
-        errors = [(w, target.z - zhat.view_as(target.z)) for w, zhat in _reconstructions(task, found, z)]
-        squared = [torch.linalg.vecdot(error, error) for _, error in errors]
-        parts_of_loss = [loss.reconstruction_loss(one, weights, n_rows) for one in squared]
-        main, objective = (
-            parts_of_loss[0],
-            sum(w * one for (w, _), one in zip(errors, parts_of_loss, strict=True)),
-        )
+        made = _reconstructions(task, found, z)
+        error, squared_error = errors(target.z, made[0][1].view_as(target.z))
+        main = loss.reconstruction_loss(squared_error, weights, n_rows)
+        objective = main if len(made) == 1 else made[0][0] * main
+        for weight, zhat in made[1:]:
+            _, other = errors(target.z, zhat.view_as(target.z))
+            objective = objective + weight * loss.reconstruction_loss(other, weights, n_rows)
         if l1_coef:
             objective = objective + loss.l1_loss(found.code.l1(), l1_coef, n_rows)
         aux = main.new_zeros(())
         if found.aux is not None:
-            aux = loss.auxk_loss(
-                model.directions(found.aux),
-                errors[0][1].flatten(1),
-                squared[0].sum(1),
-                task.config.auxk_coef,
-                n_rows,
-            )
+            decoded, size = model.directions(found.aux), squared_error.sum(1)
+            aux = loss.auxk_loss(decoded, error.flatten(1), size, task.config.auxk_coef, n_rows)
         (objective + aux).backward()
         with torch.no_grad():
             sums.losses += torch.stack([main, objective - main, aux])
-            baseline = task.window.mean_layer[layer_i]
-            away = (part.targets.to(task.device, torch.float32) - baseline).square_().sum(2)
+            away = distances(part.targets.to(task.device), task.window.mean_layer, layer_i)
             sums.add(
                 layer_i.expand(away.shape),
                 torch.ones_like(away),
-                squared[0] * target.scale.squeeze(-1).square(),
+                squared_error * target.scale.squeeze(-1).square(),
                 away,
                 found.code.n_active(),
                 found.code.l1(),

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.compiled import fused
 from trainer.config import TrainConfig
 from trainer.forms import FORMS, Form, Rows
 from trainer.loss import slice_weights
 from trainer.sae import Dictionary
-from trainer.transform import Standardised, Transforms
+from trainer.transform import Standardised, Transforms, apply
 from trainer.window import FirstWindow
 
 
@@ -45,7 +46,8 @@ class Task:
     def see(self, rows: Rows) -> tuple[Tensor, Standardised]:
         """Standardised inputs [b, s * d] and targets, on the dictionary's device and in its dtype."""
         dtype = self.model.w_enc.dtype
-        z, target = self.transforms(*(x.to(self.device) for x in rows))
+        see = fused(apply, is_wanted=self.config.compile)
+        z, target = see(self.transforms, *rows.to(self.device))
         return z.to(dtype), Standardised(*(x.to(dtype) for x in target))
 
     def weights(self, target: Standardised, layer_i: Tensor) -> Tensor:

@@ -159,6 +159,13 @@ class Transforms(NamedTuple):
         }
 
 
+def apply(
+    transforms: Transforms, inputs: Tensor, targets: Tensor, layer_i: Tensor
+) -> tuple[Tensor, Standardised]:
+    """`transforms(inputs, targets, layer_i)`, as a function."""
+    return transforms(inputs, targets, layer_i)
+
+
 def make_transforms(*, by_row: bool, predicts: bool, tensors: dict[str, Tensor]) -> Transforms:
     """The transforms of a form.
 

@@ -5,7 +5,7 @@ in turn, so memory is bounded and a slow disk makes the model wait rather than l
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,9 @@ from torch import Tensor
 from actcache.errors import DamageError, UsageError
 from actcache.model import Decoder
 from actcache.producer.corpus import Corpus
-from actcache.producer.plan import (
-    Settings,
-    SizeForecast,
-    capture_requests,
-    check_same,
-    make_request,
-    write_plan,
-)
+from actcache.producer.inputs import ModelInputs
+from actcache.producer.plan import SizeForecast, write_plan
+from actcache.producer.settings import Settings, capture_requests, check_same, make_request
 from actcache.store.create import sweep_staged
 from actcache.store.disk import Disk
 from actcache.store.ledger import ShardCommitter
@@ -133,19 +128,40 @@ def build(
                 ) from error
     catalog = Catalog(LocalObjects(settings.out))
     check_same(catalog, request, captures)
-    summary = BuildSummary(settings.out, n_shards=catalog.grid.n_shards)
-    left = _uncommitted(catalog)
-    decoder.cut(max(max(c.layers) for c in captures))
-    with Disk(settings.out, on_operation) as disk:
+    summary = fill_captures(
+        catalog,
+        [capture.group for capture in captures],
+        decoder,
+        encode_threads=encode_threads,
+        reporter=reporter,
+        on_operation=on_operation,
+    )
+    summary.elapsed_s = time.perf_counter() - started
+    return summary
+
+
+def fill_captures(
+    catalog: Catalog,
+    names: Sequence[str],
+    decoder: Decoder,
+    *,
+    encode_threads: int,
+    reporter: Reporter,
+    on_operation: Callable[[str, str], None] | None,
+) -> BuildSummary:
+    """Commit every shard that some of these captures lack. The decoder is cut after their last layer."""
+    started, grid, root = time.perf_counter(), catalog.grid, Path(catalog.objects.url)
+    summary = BuildSummary(root, n_shards=grid.n_shards)
+    wanted = [catalog.captures[name] for name in names]
+    left = _uncommitted(catalog, wanted)
+    decoder.cut(max(max(found.capture.layers) for found in wanted))
+    with Disk(root, on_operation) as disk:
         disk.sweep()
         if left:
-            reporter.on_start(
-                sum(len(catalog.grid.sequences_of(s)) for s in range(catalog.grid.n_shards) if s not in left)
-                * settings.seq_len,
-                catalog.grid.n_sequences * settings.seq_len,
-            )
+            n_done = sum(len(grid.sequences_of(s)) for s in range(grid.n_shards) if s not in left)
+            reporter.on_start(n_done * grid.seq_len, grid.n_sequences * grid.seq_len)
             with ThreadPoolExecutor(max(1, encode_threads), thread_name_prefix="actcache-encode") as pool:
-                _Filler(catalog, disk, decoder, pool, summary, reporter, settings.batch_size).fill(left)
+                _Filler(catalog, disk, decoder, pool, summary, reporter).fill(left)
     summary.elapsed_s = time.perf_counter() - started
     return summary
 
@@ -157,10 +173,10 @@ def _check_free(out: Path) -> None:
         )
 
 
-def _uncommitted(catalog: Catalog) -> dict[int, list[CaptureCatalog]]:
-    """Shards that some capture still lacks, in plan order, with those captures."""
+def _uncommitted(catalog: Catalog, wanted: list[CaptureCatalog]) -> dict[int, list[CaptureCatalog]]:
+    """Shards that some of these captures still lack, in plan order, with those captures."""
     left: dict[int, list[CaptureCatalog]] = {}
-    for capture in catalog.captures.values():
+    for capture in wanted:
         for shard in sorted(set(range(catalog.grid.n_shards)) - set(capture.committed())):
             left.setdefault(shard, []).append(capture)
     return dict(sorted(left.items()))
@@ -177,10 +193,9 @@ class _Filler:
         pool: ThreadPoolExecutor,
         summary: BuildSummary,
         reporter: Reporter,
-        batch_size: int,
     ) -> None:
         self._catalog, self._decoder, self._summary = catalog, decoder, summary
-        self._reporter, self._batch_size = reporter, batch_size
+        self._reporter, self._batch_size = reporter, catalog.plan.request.batch_size
         self._committers = {
             name: ShardCommitter(
                 disk, catalog.objects, found.capture, found.arrays, pool, __version__, self._where
@@ -227,7 +242,7 @@ class _Filler:
 
     def _forward(self, shard: int, captures: list[CaptureCatalog], buffers: dict[str, Tensor]) -> None:
         """Run the model over a shard's sequences; every vector goes straight to its row of the shard buffer."""
-        mixed, tokens = self._mixed(shard), self._catalog.plan_object("tokens", shard)
+        mixed, inputs = self._mixed(shard), ModelInputs(self._catalog, shard)
         if mixed.stored != self._catalog.shards.stored[shard]:
             raise DamageError(
                 f"the plan says that shard {shard} stores {self._catalog.shards.stored[shard]} rows; its tokens say {mixed.stored}"
@@ -243,8 +258,8 @@ class _Filler:
             if c.capture.name not in buffers or buffers[c.capture.name].shape != shape:
                 buffers[c.capture.name] = torch.empty(shape, dtype=_TORCH_DTYPES[c.capture.dtype])
         has_text = np.any(mixed.row_of_token >= 0, axis=1)
-        for start in range(0, len(tokens), self._batch_size):
-            chosen = np.arange(start, min(start + self._batch_size, len(tokens)))
+        for start in range(0, len(inputs), self._batch_size):
+            chosen = np.arange(start, min(start + self._batch_size, len(inputs)))
             chosen = chosen[np.asarray(has_text)[chosen]]
             if not len(chosen):
                 continue
@@ -263,8 +278,8 @@ class _Filler:
                     target[i].index_copy_(0, rows, flat.to(target.dtype).to(target.device))
 
             with self._timed("forward"):
-                input_ids = torch.from_numpy(tokens[chosen].astype(np.int64)).to(self._decoder.device)
-                self._decoder.capture_each(input_ids, hooks, keep)
+                input_ids, positions = inputs.of(chosen)
+                self._decoder.capture_each(input_ids.to(self._decoder.device), hooks, keep, positions)
             self._summary.n_tokens += input_ids.numel()
             self._reporter.on_forward(input_ids.numel())
 

@@ -269,6 +269,19 @@ def publish(staged: Disk, final: Path) -> None:
     _sync_dir(final.parent)
 
 
+def publish_folder(disk: Disk, staged: Path, key: str) -> None:
+    """Give a folder in the workspace the name `key` in one step; FileExistsError when the name is taken."""
+    final = disk.root / key
+    disk.announce("rename", key)
+    try:
+        staged.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(final) from error
+        raise _explained(error, final) from error
+    disk.settle(key)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes a user may still write to the disk that holds `path` (which need not exist yet)."""
     while not path.exists():

@@ -21,6 +21,8 @@ def build(out: Path, corpus: Path, settings: dict, barrier: "Barrier | None" = N
 
 
 def start_build(out: Path, kit: Kit, settings: dict, barrier: "Barrier | None" = None) -> ForkServerProcess:
-    process = PROCESSES.Process(target=build, args=(out, kit.corpus.root, settings, barrier))
+    process = PROCESSES.Process(
+        target=build, args=(out, kit.corpus.sources[0].opener.root, settings, barrier)
+    )
     process.start()
     return process

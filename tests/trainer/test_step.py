@@ -274,6 +274,20 @@ def test_bfloat16_products_are_near_and_the_weights_stay_float32(activation):
     assert all(p.dtype == torch.float32 for p in task.model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore")  # those of the compiler are not ours to answer for
+def test_compiled_parts_give_the_same_numbers(tmp_path, monkeypatch):
+    """Of a form that uses all of them, in parts of other sizes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    task, rows = setup(torch.float32, form="transcoder", micro_rows=48)
+    plain, expected = gradients(task, rows, SOME_DEAD)
+    compiled, found = gradients(task, rows, SOME_DEAD, compile=True)
+    for name in ("loss", "aux_loss"):
+        assert getattr(compiled, name) == pytest.approx(getattr(plain, name), rel=1e-5)
+    torch.testing.assert_close(compiled.total, plain.total, rtol=1e-5, atol=0)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-6)
+
+
 def start(source=None, **fields):
     config = TrainConfig(**{"n_latents": 40, "k": 4, "rows": 64, **fields}).resolve(12)
     return TrainState.start(source or random_source(), config, CPU)
