@@ -205,9 +205,16 @@ def _which(checkpoint: str) -> int | Literal["best", "last"]:
 
 
 class Imported(NamedTuple):
-    """An SAE that was read, and what is not decided before it is a run: format, layers it says it is of, and of which hooks.
+    """An SAE that was read, and what has to be decided before it can be a run.
 
-    make  given layers and provenance, the result of a run.
+    name        its format.
+    form        of a row, as in a run's configuration.
+    width       of one layer's input.
+    n_latents   f.
+    layers      the model's layer numbers it says it is of; empty where it does not say.
+    hooks       where in a block its rows come from, and are predicted, likewise.
+    provenance  what it says of itself.
+    make        given layers and provenance, the result of a run.
     """
 
     name: str
