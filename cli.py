@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 import actcache
-from actcache.errors import ActcacheError, UsageError
+from actcache.errors import ActcacheError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from actcache.producer.corpus import Corpus
@@ -1382,6 +1382,12 @@ def train(
     memory: Annotated[str | None, typer.Option(help="Bound on memory for reading, such as 2GiB.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of rows and of the initial weights.")] = 0,
     device: Device = "auto",
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="auto: triton on a GPU where it is installed, else sparse. Or reference, sparse, triton."
+        ),
+    ] = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
     keep: Annotated[
         int, typer.Option(help="Newest checkpoints kept; the best on held-out rows is kept too.")
@@ -1450,6 +1456,7 @@ def train(
         {name: value for name, value in chosen.items() if value is not None} | given,
         selection,
         device,
+        kernels=kernels,
         sweeps=sweep or [],
         per_layer=per_layer,
         init_from=init_from,
@@ -1510,6 +1517,7 @@ def _train(
     selection: dict[str, Any],
     device: str,
     *,
+    kernels: str = "auto",
     sweeps: list[str] | None = None,
     per_layer: bool = False,
     init_from: Path | None = None,
@@ -1521,6 +1529,7 @@ def _train(
 
     from trainer.checkpoint import load_sae
     from trainer.forms import FORMS
+    from trainer.kernels import make_kernels
     from trainer.loop import train_many
     from trainer.ranks import leave
     from trainer.sweep import make_configs
@@ -1529,6 +1538,7 @@ def _train(
     selection = {**selection, "stack": FORMS[config.form].stack}
     store = actcache.open(location)
     ranks, device = _processes(device)
+    chosen_kernels = make_kernels(kernels, device)
     shown = not quiet and ranks.is_first
     reading = {
         "device": device,
@@ -1570,6 +1580,7 @@ def _train(
             held_out=held_out,
             init=None if init_from is None else load_sae(init_from, device=device),
             trackers=boards,
+            kernels=chosen_kernels,
             ranks=ranks,
             on_step=_step_watcher(progress, progress.add_task("train", total=n_total)),
             stop=stop.is_set,
@@ -1792,6 +1803,211 @@ def _evaluation_table(evaluation: "Evaluation") -> Table:
             f"{s.n_alive:,}",
         )
     return table
+
+
+# export, push and import-sae
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run; or a folder of runs, as a sweep leaves them.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder; for a folder of runs, one folder in it for each.")],
+    sae_format: Annotated[
+        str,
+        typer.Option("--format", help="actcache, saelens, sparsify, dictionary_learning, openai or mlsae."),
+    ] = "actcache",
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="For rows of this layer. Needed of an SAE of several layers whose rows are standardised by fixed numbers of "
+            "their layer."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A checkpoint instead of the result: best, last or its step.")
+    ] = None,
+    no_model: Annotated[
+        bool,
+        typer.Option("--no-model", help="Do not say which language model and revision it was trained on."),
+    ] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also upload it to this repository of the Hugging Face hub, such as you/an-sae.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to: the repository is private.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trained SAE in our own or another project's format, with a model card; its loaders read what comes out."""
+    from trainer.export.formats import export_runs
+
+    written = export_runs(run, out, sae_format, layer=layer, checkpoint=checkpoint, names_model=not no_model)
+    for folder in written:
+        console.print(f"wrote {folder}", highlight=False)
+    commit = None if push_to is None else _push(out, push_to, private=private, quiet=as_json)
+    if as_json:
+        folders = [str(folder) for folder in written]
+        print(json.dumps({"format": sae_format, "folders": folders, "commit": commit}))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What export wrote.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="NAME", help="Repository of the Hugging Face hub, such as you/an-sae.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made: private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a folder that export wrote to the Hugging Face hub. Log in first, with 'hf auth login' or HF_TOKEN."""
+    from trainer.export.formats import check_exported
+
+    check_exported(folder)
+    commit = _push(folder, repo, private=private, quiet=as_json)
+    if as_json:
+        print(json.dumps({"commit": commit}))
+
+
+def _push(folder: Path, repo: str, *, private: bool, quiet: bool) -> str:
+    from trainer.export import hub
+
+    commit = hub.push(folder, repo, private=private, quiet=quiet)
+    console.print(f"uploaded: {commit}", highlight=False)
+    return commit
+
+
+@app.command("import-sae")
+def import_sae(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of files in one of the formats, or a repository of the Hugging Face hub, such as "
+            "tim-lawson/mlsae-pythia-70m-deduped-x64-k32.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the run it becomes.")],
+    sae_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="actcache, saelens, sparsify, dictionary_learning, openai or mlsae. Without it: told from the files.",
+        ),
+    ] = None,
+    subfolder: Annotated[str | None, typer.Option(help="The SAE is in this folder of SOURCE.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a repository.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE", help="A store of its rows: eval needs to know which rows an SAE is for."
+        ),
+    ] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(help="Which capture of the store. Without it: what the files say, else resid_post."),
+    ] = None,
+    target_hook: Annotated[
+        str | None,
+        typer.Option(help="Of a transcoder: the capture it predicts. Without it: what the files say."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help='Layers its rows are of, such as "3" or "0:6". Without it: what the files say, else all of the store.'
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run of an SAE that somebody else trained, to evaluate it, start from it, or export it again."""
+    import tempfile
+
+    from trainer.export import hub
+    from trainer.export.formats import read
+    from trainer.export.run import check_free, write_run
+
+    check_free(out)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(source)
+        if not folder.exists():
+            if not hub.is_repository(source):
+                raise NotFoundError(
+                    f"no {source}; and a repository of the Hugging Face hub is called OWNER/NAME"
+                )
+            folder = Path(temporary) / source.replace("/", "--")
+            revision = hub.download(source, folder, revision=revision, quiet=as_json)
+        found = read(folder / subfolder if subfolder else folder, sae_format)
+    hooks = [name for name in (hook, target_hook) if name is not None] or list(found.hooks) or ["resid_post"]
+    known = dict(found.provenance)
+    if "imported" in known:
+        known["imported"] = {**known["imported"], "from": source, "revision": revision}
+    opened = None if store is None else actcache.open(store)
+    chosen = _layers_of_sae(found, layers, opened, hooks[0])
+    if opened is not None:
+        if opened.width != found.width:
+            raise UsageError(
+                f"{source} reads rows of width {found.width}, {store} holds rows of width {opened.width}"
+            )
+        if known.get("plan") != opened.plan.digest:  # else it says itself which of them it was trained on
+            known |= _rows_of_sae(store or "", opened, found.form, hooks, chosen)
+    write_run(found.make(chosen, known), out)
+    console.print(
+        f"{out}: {found.n_latents:,} latents of width {found.width} in {found.name} format, layers {list(chosen)}",
+        highlight=False,
+    )
+    if as_json:
+        print(
+            json.dumps(
+                {"run": str(out), "format": found.name, "n_latents": found.n_latents, "layers": chosen}
+            )
+        )
+
+
+def _layers_of_sae(found: Any, layers: str | None, opened: Any, hook: str) -> tuple[int, ...]:
+    from actcache.model import parse_layers
+
+    stored = tuple(opened.layers_of(hook)) if opened is not None else ()
+    if layers is not None:
+        n_layers = opened.plan.request.model.n_layers if opened is not None else 10_000
+        return tuple(parse_layers(layers, n_layers))
+    if not found.layers and not stored:
+        raise UsageError(
+            "these files do not say which layers the SAE is for: give --layers, or a --store of its rows"
+        )
+    return found.layers or stored
+
+
+def _rows_of_sae(
+    location: str, opened: Any, form: str, hooks: list[str], layers: tuple[int, ...]
+) -> dict[str, Any]:
+    """What eval has to know of an SAE's rows, as of one that was trained on them."""
+    from trainer.forms import FORMS
+
+    missing = [layer for layer in layers if layer not in opened.layers_of(hooks[0])]
+    if missing:
+        raise UsageError(
+            f"{location} holds layers {list(opened.layers_of(hooks[0]))} at {hooks[0]}, not {missing}"
+        )
+    request = opened.plan.request
+    return {
+        "store": Path(location).name,
+        "plan": opened.plan.digest,
+        "model": request.model.as_json(),
+        "corpus": request.corpus.name,
+        "selection": {
+            "hook": hooks[0] if FORMS[form].n_hooks == 1 else hooks,
+            "stack": FORMS[form].stack,
+            "layers": list(layers),
+            "outlier_norm_ratio": None,
+            "window_rows": 131_072,
+        },
+        "actcache_version": actcache.__version__,
+    }
 
 
 # demo

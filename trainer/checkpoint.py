@@ -37,7 +37,7 @@ def load_sae(
     """
     folder, where = RunFolder(Path(run_dir)), torch.device(device)
     if checkpoint is not None:
-        return _from_checkpoint(folder, _step_of(folder, checkpoint), where)
+        return _from_checkpoint(folder, step_of(folder, checkpoint), where)
     if folder.finished() is None:
         raise NotFoundError(
             f"no finished run in {folder.root} (no sae.json); train it to its end, resuming if it was stopped, "
@@ -88,7 +88,12 @@ def _from_checkpoint(folder: RunFolder, step: int, device: torch.device) -> Trai
     return trained
 
 
-def _step_of(folder: RunFolder, checkpoint: int | str) -> int:
+def step_of(folder: RunFolder, checkpoint: int | Literal["best", "last"]) -> int:
+    """The step of a checkpoint that was kept.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+    """
     steps = folder.steps()
     if checkpoint == "best":
         best = folder.best()

@@ -39,15 +39,16 @@ class Code(Protocol):
 
 
 class Fixed(NamedTuple):
-    """As many slots in every row: values [b, s] (0: not active) and latents [b, s] int64."""
+    """As many slots in every row: values [b, s] (0: not active) and latents [b, s] int64, all among `candidates` if given."""
 
     values: Tensor
     latents: Tensor
     kernels: Kernels
+    candidates: Tensor | None = None
 
     def decode(self, w_dec: Tensor) -> Tensor:
         """See `Code`."""
-        return self.kernels.decode(self.values, self.latents, w_dec)
+        return self.kernels.decode(self.values, self.latents, w_dec, candidates=self.candidates)
 
     def first(self, n_latents: int) -> Fixed:
         """See `Code`."""

@@ -109,7 +109,7 @@ class Dictionary(nn.Module):
     def select(self, z: Tensor, k: int, dead: Tensor, n_aux: int) -> Selected:
         """The k largest of every row, and of the latents `dead`; see `Kernels.encode`."""
         with self.products():
-            return self.kernels.encode(*self.encoder(z), k, dead, n_aux)
+            return self.kernels.encode(z, self.w_enc, self.bias, k, dead, n_aux, latent_bias=self.latent_bias)
 
     def encode(self, z: Tensor) -> Selected:
         """The active latents of standardised rows z [b, d], as evaluation has them; changes nothing in the module."""

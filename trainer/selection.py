@@ -93,7 +93,9 @@ class TopK:
             count = min(count, dictionary.n_latents)
             found = dictionary.select(z, count, wanted.dead, wanted.n_aux)
             everything = Fixed(found.values, found.indices, dictionary.kernels)
-            aux = Fixed(found.aux_values, found.aux_indices, dictionary.kernels) if wanted.n_aux else None
+            aux = None
+            if wanted.n_aux:
+                aux = Fixed(found.aux_values, found.aux_indices, dictionary.kernels, wanted.dead)
             if not self.multi:
                 return Found(everything, aux=aux)
             best = Fixed(found.values[:, : wanted.k], found.indices[:, : wanted.k], dictionary.kernels)
@@ -142,7 +144,7 @@ class BatchTopK:
             values, aux = attached.split([len(chosen.values), len(of)])
             return Found(
                 Listed(chosen._replace(values=values), len(z)),
-                aux=Fixed(aux.view(len(z), wanted.n_aux), aux_latents, dictionary.kernels),
+                aux=Fixed(aux.view(len(z), wanted.n_aux), aux_latents, dictionary.kernels, wanted.dead),
             )
 
         return Prepared(encode, threshold)
