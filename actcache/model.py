@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -49,6 +49,14 @@ class Family:
     mlp_add: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One side of a module inside a block. `path` is dotted, from the block; empty for the block itself."""
+
+    path: str
+    side: Literal["in", "out"]
+
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(blocks="h", attn="attn", mlp="mlp"),
     "gpt_neox": Family(blocks="layers", attn="attention", mlp="mlp"),
@@ -83,7 +91,7 @@ class Decoder:
         self.width: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self.n_layers = len(self._blocks)
+        self.n_layers = len(self.blocks)
         self._weights_digest: str | None = None
 
     def __repr__(self) -> str:
@@ -100,10 +108,24 @@ class Decoder:
         return self.base.device
 
     @property
-    def _blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order; fewer than `n_layers` after `cut`."""
         blocks = self.base.get_submodule(self._family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
+
+    def place(self, hook: str, layer: int) -> tuple[nn.Module, Place]:
+        """The module of one layer whose input or output a hook is."""
+        _check_hook(hook)
+        family = self._family
+        place = {
+            "resid_post": Place("", "out"),
+            "resid_pre": Place("", "in"),
+            "mlp_in": Place(family.mlp, "in"),
+            "mlp_out": Place(family.mlp_add or family.mlp, "out"),
+            "attn_out": Place(family.attn, "out"),
+        }[hook]
+        return self.blocks[layer].get_submodule(place.path), place
 
     def hook_width(self, hook: str) -> int:
         """Width d of one hook's rows. Raises UsageError for an unknown hook."""
@@ -132,7 +154,7 @@ class Decoder:
         """
         self._check_layers("cut", [last_layer])
         self.weights_digest()
-        self.base.set_submodule(self._family.blocks, self._blocks[: last_layer + 1])
+        self.base.set_submodule(self._family.blocks, self.blocks[: last_layer + 1])
         self.causal_lm = None
 
     def capture(self, input_ids: Tensor, hooks: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Tensor]:
@@ -202,15 +224,7 @@ class Decoder:
                 handle.remove()
 
     def _listen(self, hook: str, layer: int, on_layer: OnLayer) -> Any:
-        block = self._blocks[layer]
-        family = self._family
-        place = {
-            "resid_post": block,
-            "resid_pre": block,
-            "mlp_in": block.get_submodule(family.mlp),
-            "mlp_out": block.get_submodule(family.mlp_add or family.mlp),
-            "attn_out": block.get_submodule(family.attn),
-        }[hook]
+        module, place = self.place(hook, layer)
 
         def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001 - torch's signature
             on_layer(hook, layer, args[0] if args else kwargs["hidden_states"])
@@ -218,9 +232,9 @@ class Decoder:
         def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch's signature
             on_layer(hook, layer, output[0] if isinstance(output, tuple) else output)
 
-        if hook in ("resid_pre", "mlp_in"):
-            return place.register_forward_pre_hook(on_input, with_kwargs=True)
-        return place.register_forward_hook(on_output)
+        if place.side == "in":
+            return module.register_forward_pre_hook(on_input, with_kwargs=True)
+        return module.register_forward_hook(on_output)
 
     def _check_input(self, input_ids: Tensor) -> Tensor:
         shape = tuple(input_ids.shape)
@@ -252,7 +266,7 @@ class Decoder:
         return n_wanted
 
     def _check_layers(self, what: str, layers: Sequence[int]) -> None:
-        n_left = len(self._blocks)
+        n_left = len(self.blocks)
         wrong = [layer for layer in layers if not 0 <= layer < n_left]
         if wrong:
             was_cut = f" ({self.n_layers} before it was cut)" if n_left < self.n_layers else ""

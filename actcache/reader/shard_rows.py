@@ -24,6 +24,8 @@ class ShardRows:
     layers    the model's layer numbers selected.
     sequence, position, token, document  [n] int64, where each row comes from.
     passes    [l, n] bool, whether the row of that layer passes the filters.
+    sequences the shard's sequences.
+    tokens    [q, t] int64, all tokens of those sequences, excluded ones and padding too.
     """
 
     shard: int
@@ -33,6 +35,8 @@ class ShardRows:
     token: NDArray[np.int64]
     document: NDArray[np.int64]
     passes: NDArray[np.bool_]
+    sequences: range
+    tokens: NDArray[np.int64]
     _captures: dict[str, CaptureCatalog]
     _rows: NDArray[np.int64]
 
@@ -88,18 +92,18 @@ def iter_shard_rows(
             n_left -= int(is_kept.sum())
         sequence, position = np.nonzero(is_kept)
         rows = row_of_token[sequence, position]
-        of_token = [
-            provenance.plan_object(name, shard)[sequence, position].astype(np.int64)
-            for name in ("tokens", "document")
-        ]
+        tokens = provenance.plan_object("tokens", shard).astype(np.int64)
+        document = provenance.plan_object("document", shard)[sequence, position].astype(np.int64)
         yield ShardRows(
             shard=shard,
             layers=layers,
             sequence=sequence + grid.sequences_of(shard).start,
             position=position,
-            token=of_token[0],
-            document=of_token[1],
+            token=tokens[sequence, position],
+            document=document,
             passes=np.stack([row_filter.passing(shard, lane)[rows] for lane in range(len(layers))]),
+            sequences=grid.sequences_of(shard),
+            tokens=tokens,
             _captures={found.capture.name: found for found in captures},
             _rows=rows,
         )

@@ -21,6 +21,7 @@ def test_every_kept_row_once_in_the_order_of_the_text(tmp_path, split, dtype):
             assert shard.passes[i].all()
         assert np.array_equal(shard.token, truth.tokens[shard.sequence, shard.position])
         assert np.array_equal(shard.document, truth.document[shard.sequence, shard.position])
+        assert np.array_equal(shard.tokens, truth.tokens[shard.sequences])
         assert shard.rows(layer, dtype=torch.float64).dtype == torch.float64
         places.append(np.stack([shard.sequence, shard.position], 1))
     expected = truth.kept(layers=truth.layers[:1], split=split)[:, 1:]
