@@ -62,7 +62,7 @@ class Patcher:
 
         Args:
             input_ids: [q, t] integers.
-            hook: where edits will be.
+            hook: where edits will be, or the first of several such places.
             layers: of which layers.
 
         Raises:
@@ -82,25 +82,29 @@ class Patcher:
         return CleanRun(input_ids=ids, hook=hook, acts=acts, entering=entering, hidden=hidden)
 
     @torch.inference_mode()
-    def run_edited(self, clean: CleanRun, edits: Mapping[int, Edit]) -> Tensor:
-        """The final hidden states [q, t, d] with each layer's vector at the clean run's hook replaced by its edit.
+    def run_edited(self, clean: CleanRun, edits: Mapping[tuple[str, int], Edit]) -> Tensor:
+        """The final hidden states [q, t, d] with the vectors at some (hook, layer) replaced by their edits.
 
-        Every edit sees the running stream: what earlier edits did has reached it.
+        Every edit sees the running stream: what earlier edits did has reached it. One that gives back what it got is a
+        way to look at the stream on its way.
 
         Raises:
             UsageError: no edits, or the first is of a layer that the clean run did not keep.
         """
-        if not edits or min(edits) not in clean.acts:
-            raise UsageError(f"edits at layers {sorted(edits)}; the clean run kept {sorted(clean.acts)}")
-        first, rest = min(edits), dict(edits)
-        if clean.hook == "resid_post":
-            n_skipped, state = first + 1, rest.pop(first)(clean.acts[first])
+        first = min((layer for _hook, layer in edits), default=-1)
+        if first not in clean.acts:
+            raise UsageError(
+                f"edits at layers {sorted({layer for _hook, layer in edits})}; the clean run kept {sorted(clean.acts)}"
+            )
+        rest = dict(edits)
+        if clean.hook == "resid_post" and {hook for hook, layer in edits if layer == first} == {clean.hook}:
+            n_skipped, state = first + 1, rest.pop((clean.hook, first))(clean.acts[first])
         else:
             n_skipped, state = first, clean.entering[first]
         with ExitStack() as stack:
             stack.enter_context(self._skipping(n_skipped, state))
-            for layer, edit in rest.items():
-                stack.enter_context(self._editing(clean.hook, layer, edit))
+            for (hook, layer), edit in rest.items():
+                stack.enter_context(self._editing(hook, layer, edit))
             return self._run_base(clean.input_ids)
 
     @torch.inference_mode()
@@ -117,6 +121,12 @@ class Patcher:
         with self._skipping(self.decoder.n_layers, stream[:, None]):
             hidden = self._run_base(ids)[:, 0]
         return self._head(hidden)
+
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """The token embedding and the unembedding, [v, d] each; one and the same tensor where they are tied."""
+        modules = (self._causal_lm.get_input_embeddings(), self._causal_lm.get_output_embeddings())
+        into, out_of = (module.weight for module in modules)
+        return (into, into) if out_of.data_ptr() == into.data_ptr() else (into, out_of)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """The head without the decoder under it: the decoder's output is what is given."""

@@ -6,14 +6,17 @@ Axes: b rows, d width, l layers, f latents, k active latents.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actcache.errors import UsageError
 from actcache.flow import BatchSource
-from trainer.dead import ACTIVE_ABOVE
+from analysis.layers import LatentLayers, LayerCounts
+from analysis.moments import Moments
 from trainer.trained import TrainedSAE
 
 
@@ -28,7 +31,9 @@ class LayerScores(NamedTuple):
     mse             mean squared error per dimension.
     l0              latents active (a > 1e-3) per row.
     l1              sum of activations per row, in standardised units.
+    explained_variance  1 - fvu.
     n_alive         latents active at least once.
+    n_dead          latents that never were.
     """
 
     n_rows: int
@@ -36,15 +41,12 @@ class LayerScores(NamedTuple):
     fvu_scalar: float
     fvu_k0: float
     fvu_scalar_k0: float
+    explained_variance: float
     mse: float
     l0: float
     l1: float
     n_alive: int
-
-    @property
-    def explained_variance(self) -> float:
-        """1 - fvu."""
-        return 1.0 - self.fvu
+    n_dead: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,73 +54,106 @@ class Evaluation:
     """An SAE on held-out rows.
 
     layers     scores per model layer.
-    mean       mean over layers of every score (n_rows: total; n_alive: latents alive on any layer).
-    n_latents  f.
-    counts     [l, f] int64, rows on which each latent is active, per layer in the order of `layers`.
-    totals     [l, f] float64, summed activations likewise.
+    mean       mean over layers of every score (n_rows: total; n_alive, n_dead: over all layers).
+    latents    over which layers each latent was active.
     """
 
     layers: dict[int, LayerScores]
     mean: LayerScores
-    n_latents: int
-    counts: Tensor
-    totals: Tensor
+    latents: LatentLayers
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without the per-latent tensors."""
         return {
             "layers": {str(layer): scores._asdict() for layer, scores in self.layers.items()},
             "mean": self.mean._asdict(),
-            "n_latents": self.n_latents,
+            "n_latents": len(self.latents.mean),
         }
 
 
-class _Spread:
-    """Count, mean and summed squared deviation per dimension, merged batch by batch (Chan et al. 1979)."""
-
-    def __init__(self, width: int) -> None:
-        self.n = 0
-        self.mean, self.m2 = (torch.zeros(width, dtype=torch.float64) for _ in range(2))
-
-    def update(self, x_bd: Tensor) -> None:
-        n, mean = len(x_bd), x_bd.mean(0)
-        delta, total = mean - self.mean, self.n + n
-        self.m2 += ((x_bd - mean) ** 2).sum(0) + delta**2 * (self.n * n / total)
-        self.mean += delta * (n / total)
-        self.n = total
-
-    @property
-    def per_dimension(self) -> float:
-        """Sum over rows and dimensions of (x - mean of the dimension)^2."""
-        return float(self.m2.sum())
-
-    @property
-    def scalar(self) -> float:
-        """Sum over rows and dimensions of (x - mean of everything)^2."""
-        return float(self.m2.sum() + self.n * ((self.mean - self.mean.mean()) ** 2).sum())
-
-
+@dataclass(slots=True)
 class _LayerSums:
-    """What one layer has seen."""
+    """What one layer has seen: moments of its rows, and sums over rows of errors and activations."""
 
-    def __init__(self, width: int) -> None:
-        self.spread = _Spread(width)
-        self.error = self.error_k0 = self.l1 = 0.0
+    rows: Moments
+    error: float = 0.0
+    error_k0: float = 0.0
+    l1: float = 0.0
 
-    def scores(self, width: int, counts_f: Tensor) -> LayerScores:
-        n = self.spread.n
-        per_dimension, scalar = self.spread.per_dimension, self.spread.scalar
+    def scores(self, counts_f: NDArray[np.int64]) -> LayerScores:
+        n, width = self.rows.n, len(self.rows.mean)
+        each, one = self.rows.about_each_mean, self.rows.about_one_mean
+        n_alive = int((counts_f > 0).sum())
         return LayerScores(
             n_rows=n,
-            fvu=self.error / per_dimension,
-            fvu_scalar=self.error / scalar,
-            fvu_k0=self.error_k0 / per_dimension,
-            fvu_scalar_k0=self.error_k0 / scalar,
+            fvu=_ratio(self.error, each),
+            fvu_scalar=_ratio(self.error, one),
+            fvu_k0=_ratio(self.error_k0, each),
+            fvu_scalar_k0=_ratio(self.error_k0, one),
+            explained_variance=1 - _ratio(self.error, each),
             mse=self.error / (n * width),
             l0=int(counts_f.sum()) / n,
             l1=self.l1 / n,
-            n_alive=int((counts_f > 0).sum()),
+            n_alive=n_alive,
+            n_dead=len(counts_f) - n_alive,
         )
+
+
+class Reconstruction:
+    """Accumulates an evaluation: float64 sums and int64 counts, per layer."""
+
+    def __init__(self, layers: tuple[int, ...], width: int, n_latents: int) -> None:
+        self.sums = {layer: _LayerSums(Moments(width)) for layer in layers}
+        self.latents = LayerCounts(layers, n_latents)
+
+    def update(
+        self, layer: int, x: Tensor, xhat: Tensor, nothing: Tensor, values: Tensor, indices: Tensor
+    ) -> None:
+        """Add rows of one layer.
+
+        Args:
+            layer: the model's layer number.
+            x: [b, d] raw rows.
+            xhat: [b, d] their reconstructions.
+            nothing: [b, d] what decoding no latents gives.
+            values: [b, k] activations, 0 in slots that are not used.
+            indices: [b, k] int64 latents.
+        """
+        mine = self.sums[layer]
+        x, values = x.double().cpu(), values.double().cpu()
+        mine.rows.update(x)
+        mine.error += float(((x - xhat.double().cpu()) ** 2).sum())
+        mine.error_k0 += float(((x - nothing.double().cpu()) ** 2).sum())
+        mine.l1 += float(values.sum())
+        self.latents.update(layer, values.numpy(), indices.cpu().numpy())
+
+    def merge(self, other: Self) -> None:
+        """Add what another accumulator has seen."""
+        for layer, mine in self.sums.items():
+            theirs = other.sums[layer]
+            mine.rows.merge(theirs.rows)
+            mine.error += theirs.error
+            mine.error_k0 += theirs.error_k0
+            mine.l1 += theirs.l1
+        self.latents.merge(other.latents)
+
+    def compute(self) -> Evaluation:
+        """The scores of what was seen so far.
+
+        Raises:
+            UsageError: a layer has fewer than two rows to measure a variance on.
+        """
+        few = [layer for layer, mine in self.sums.items() if mine.rows.n < 2]
+        if few:
+            raise UsageError(
+                f"layers {few} have fewer than two rows to evaluate; build the store with a larger --holdout"
+            )
+        latents = self.latents.compute()
+        scores = {
+            layer: mine.scores(counts)
+            for (layer, mine), counts in zip(self.sums.items(), latents.counts, strict=True)
+        }
+        return Evaluation(layers=scores, mean=_mean(list(scores.values()), latents), latents=latents)
 
 
 def evaluate(
@@ -133,61 +168,32 @@ def evaluate(
         raise UsageError(
             f"rows are {source.width} wide and the SAE {sae.sae.width}: it was trained on another model or hook"
         )
-    width, n_latents = source.width, sae.sae.n_latents
-    sums = {layer: _LayerSums(width) for layer in source.layers}
-    counts = torch.zeros(len(source.layers), n_latents, dtype=torch.int64)
-    totals = torch.zeros(len(source.layers), n_latents, dtype=torch.float64)
+    found = Reconstruction(source.layers, source.width, sae.sae.n_latents)
     for batch in source:
         code = sae.encode(batch.rows)
-        xhat = sae.decode(code).double().cpu()
-        nothing = sae.decode(code._replace(values=torch.zeros_like(code.values))).double().cpu()
-        x, layer_of = batch.rows.double().cpu(), batch.layer.cpu()
-        values, indices = code.values.double().cpu(), code.indices.cpu()
-        for i, layer in enumerate(source.layers):
-            at = layer_of == layer
-            if not at.any():
-                continue
-            mine = sums[layer]
-            mine.spread.update(x[at])
-            mine.error += float(((x[at] - xhat[at]) ** 2).sum())
-            mine.error_k0 += float(((x[at] - nothing[at]) ** 2).sum())
-            mine.l1 += float(values[at].sum())
-            is_active = values[at] > ACTIVE_ABOVE
-            active = indices[at][is_active]
-            counts[i] += torch.bincount(active, minlength=n_latents)
-            totals[i].index_add_(0, active, values[at][is_active])
+        xhat = sae.decode(code)
+        nothing = sae.decode(code._replace(values=torch.zeros_like(code.values)))
+        for layer in source.layers:
+            at = batch.layer == layer
+            if at.any():
+                found.update(
+                    layer, batch.rows[at], xhat[at], nothing[at], code.values[at], code.indices[at]
+                )
         on_rows(len(batch))
-    few = [layer for layer, mine in sums.items() if mine.spread.n < 2]
-    if few:
-        raise UsageError(
-            f"layers {few} have fewer than two rows to evaluate; build the store with a larger --holdout"
-        )
-    scores = {layer: sums[layer].scores(width, counts[i]) for i, layer in enumerate(source.layers)}
-    return Evaluation(
-        layers=scores,
-        mean=_mean(list(scores.values()), counts),
-        n_latents=n_latents,
-        counts=counts,
-        totals=totals,
-    )
+    return found.compute()
 
 
-def _mean(scores: list[LayerScores], counts: Tensor) -> LayerScores:
+def _ratio(error: float, variance: float) -> float:
+    """NaN where all rows are alike: there is no variance to explain."""
+    return error / variance if variance > 0 else float("nan")
+
+
+def _mean(scores: list[LayerScores], latents: LatentLayers) -> LayerScores:
     means = {name: sum(getattr(s, name) for s in scores) / len(scores) for name in LayerScores._fields}
-    return LayerScores(
-        **{**means, "n_rows": sum(s.n_rows for s in scores), "n_alive": int((counts.sum(0) > 0).sum())}
-    )
-
-
-def layer_distribution(totals: Tensor) -> tuple[Tensor, Tensor]:
-    """P(layer | latent) of alive latents, sorted by mean layer.
-
-    totals  [l, f] summed activations.
-    Returns p [l, g] (columns sum to 1; g alive latents) and the latents [g] they belong to. The mean layer is
-    sum_l i_l p[l], i_l the index of the layer among those given.
-    """
-    mass = totals.sum(0)
-    alive = torch.nonzero(mass > 0).reshape(-1)
-    p = totals[:, alive] / mass[alive]
-    order = torch.argsort(torch.arange(len(p), dtype=p.dtype) @ p, stable=True)
-    return p[:, order], alive[order]
+    n_alive = int(latents.is_alive.sum())
+    exact = {
+        "n_rows": sum(s.n_rows for s in scores),
+        "n_alive": n_alive,
+        "n_dead": len(latents.is_alive) - n_alive,
+    }
+    return LayerScores(**means | exact)

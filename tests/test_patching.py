@@ -58,10 +58,10 @@ def ids():
     return torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
 
 
-def by_hand(decoder, ids, hook, edits):
+def by_hand(decoder, ids, edits):
     """Logits of the whole model, every block run, with plain torch hooks."""
     handles = []
-    for layer, edit in edits.items():
+    for (hook, layer), edit in edits.items():
         module, place = decoder.place(hook, layer)
         if place.side == "in":
             def before(_module, args, kwargs, edit=edit):
@@ -85,10 +85,10 @@ def logits_of(patcher, hidden):
 @pytest.mark.parametrize("hook", HOOKS)
 def test_nothing_changes_where_an_edit_gives_back_what_it_got(patcher, ids, hook):
     clean = patcher.run_clean(ids, hook, range(N_LAYERS))
-    expected = by_hand(patcher.decoder, ids, hook, {})
+    expected = by_hand(patcher.decoder, ids, {})
     torch.testing.assert_close(logits_of(patcher, clean.hidden), expected)
-    every = {layer: lambda x: x for layer in range(N_LAYERS)}
-    for edits in (*({layer: every[layer]} for layer in range(N_LAYERS)), every):
+    every = {(hook, layer): lambda x: x for layer in range(N_LAYERS)}
+    for edits in (*({at: edit} for at, edit in every.items()), every):
         assert torch.equal(patcher.run_edited(clean, edits), clean.hidden)
 
 
@@ -97,16 +97,33 @@ def test_edits_equal_a_whole_forward_pass_with_the_same_edits(patcher, ids, hook
     clean = patcher.run_clean(ids, hook, range(N_LAYERS))
     before = logits_of(patcher, clean.hidden)
     for layers in ([0], [1], [2], [0, 2], [1, 2], [0, 1, 2]):
-        edits = {layer: (lambda x, layer=layer: x.flip(-1) * 0.5 + layer) for layer in layers}
+        edits = {(hook, layer): (lambda x, layer=layer: x.flip(-1) * 0.5 + layer) for layer in layers}
         found = logits_of(patcher, patcher.run_edited(clean, edits))
-        assert torch.equal(found, by_hand(patcher.decoder, ids, hook, edits))
+        assert torch.equal(found, by_hand(patcher.decoder, ids, edits))
         assert not torch.allclose(found, before), "the edit did nothing"
+
+
+def test_edits_at_two_hooks_of_a_layer(patcher, ids):
+    """As a transcoder is patched: what goes into the MLP is looked at, what comes out is replaced."""
+    for hook in ("mlp_out", "resid_post"):
+        clean = patcher.run_clean(ids, hook, [1])
+        seen = {}
+
+        def look(x, seen=seen):
+            seen["in"] = x
+            return x
+
+        edits = {("mlp_in", 1): look, ("mlp_out", 1): lambda _x, seen=seen: seen["in"] * 2}
+        edits |= {("resid_post", 1): torch.neg} if hook == "resid_post" else {}
+        found = logits_of(patcher, patcher.run_edited(clean, edits))
+        torch.testing.assert_close(found, by_hand(patcher.decoder, ids, edits))
 
 
 def test_later_edits_see_what_earlier_ones_did(patcher, ids):
     seen = {}
     clean = patcher.run_clean(ids, "resid_post", range(N_LAYERS))
-    patcher.run_edited(clean, {0: torch.zeros_like, 2: lambda x: seen.setdefault(2, x)})
+    look = {("resid_post", 0): torch.zeros_like, ("resid_post", 2): lambda x: seen.setdefault(2, x)}
+    patcher.run_edited(clean, look)
     assert not torch.allclose(seen[2], clean.acts[2])
 
 
@@ -121,23 +138,31 @@ def test_reading_out_the_last_blocks_output_gives_the_models_logits_and_gradient
     clean = patcher.run_clean(ids, "resid_post", [N_LAYERS - 1])
     stream = clean.acts[N_LAYERS - 1].flatten(0, 1).clone().requires_grad_()
     logits = patcher.read_out(stream)
-    torch.testing.assert_close(logits.detach(), by_hand(patcher.decoder, ids, "resid_post", {}).flatten(0, 1))
+    torch.testing.assert_close(logits.detach(), by_hand(patcher.decoder, ids, {}).flatten(0, 1))
     logits[:, 3].sum().backward()
     assert stream.grad is not None
     assert (stream.grad != 0).any(1).all()
     assert all(parameter.grad is None for parameter in patcher.decoder.causal_lm.parameters())
 
 
+def test_embeddings_are_the_models_and_one_where_they_are_tied(patcher):
+    into, out_of = patcher.embeddings()
+    assert into.shape == out_of.shape == (VOCAB, WIDTH)
+    assert torch.equal(into, patcher.decoder.causal_lm.get_input_embeddings().weight)
+    assert torch.equal(out_of, patcher.decoder.causal_lm.get_output_embeddings().weight)
+    assert (into is out_of) == patcher.decoder.causal_lm.config.tie_word_embeddings
+
+
 def test_the_model_is_as_before_even_after_an_edit_that_fails(patcher, ids):
-    expected = by_hand(patcher.decoder, ids, "resid_post", {})
+    expected = by_hand(patcher.decoder, ids, {})
     clean = patcher.run_clean(ids, "resid_post", [0, 1])
 
     def fail(_x):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        patcher.run_edited(clean, {0: lambda x: x, 1: fail})
-    assert torch.equal(by_hand(patcher.decoder, ids, "resid_post", {}), expected)
+        patcher.run_edited(clean, {("resid_post", 0): lambda x: x, ("resid_post", 1): fail})
+    assert torch.equal(by_hand(patcher.decoder, ids, {}), expected)
     assert not any("forward" in module.__dict__ for module in patcher.decoder.causal_lm.modules())
 
 
@@ -147,7 +172,7 @@ def test_a_forward_that_another_library_wrapped_is_put_back(monkeypatch, ids):
     wrapped = block.forward
     block.forward = wrapped
     clean = patcher.run_clean(ids, "resid_post", [1])
-    patcher.run_edited(clean, {1: lambda x: x})
+    patcher.run_edited(clean, {("resid_post", 1): lambda x: x})
     assert block.__dict__["forward"] is wrapped
 
 
@@ -158,7 +183,7 @@ def test_refusals(monkeypatch, ids):
         patcher.run_clean(ids, "resid_post", [0, 3])
     clean = patcher.run_clean(ids, "resid_post", [1])
     with pytest.raises(UsageError, match=r"edits at layers \[0\]; the clean run kept \[1\]"):
-        patcher.run_edited(clean, {0: lambda x: x})
+        patcher.run_edited(clean, {("resid_post", 0): lambda x: x})
     decoder.cut(1)
     with pytest.raises(UsageError, match="was cut"):
         Patcher(decoder)
