@@ -97,7 +97,8 @@ class _Rate(ProgressColumn):
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} {self._unit}/s" if task.speed else f"- {self._unit}/s")
+        unit = task.fields.get("unit", self._unit)
+        return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else f"- {unit}/s")
 
 
 class _Progress(Progress):
@@ -1093,7 +1094,26 @@ def _step_watcher(progress: _Progress, task: Any) -> Callable[["StepReport"], No
     return watch
 
 
-# eval
+# eval, encode and analyze
+
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The store's model: a folder or hub id. Without it: a folder of that name beside the store, or the hub.",
+    ),
+]
+ModelTokens = Annotated[
+    int,
+    typer.Option(help="Kept tokens the model is run on, to the end of a sequence; the first of the split."),
+]
+PatchPositions = Annotated[
+    str,
+    typer.Option(
+        help="kept: patch rows that the run's filter lets pass. all: patch every position. both: one after the other."
+    ),
+]
 
 
 @app.command("eval")
@@ -1101,6 +1121,15 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
     store: StorePath,
     split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    loss: Annotated[
+        bool,
+        typer.Option(
+            "--loss", help="Also run the model with reconstructions in its place: loss, KL, logits."
+        ),
+    ] = False,
+    model: ModelName = None,
+    model_tokens: ModelTokens = 1000,
+    patch_positions: PatchPositions = "kept",
     picture: Annotated[
         Path | None, typer.Option(help="Also draw FVU per layer and the spread of latents (.png, .pdf).")
     ] = None,
@@ -1108,19 +1137,211 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Reconstruction, sparsity and spread over layers of an SAE on held-out rows, filtered as its training rows were."""
+    from analysis.present import losses_table, rich_table
     from trainer.checkpoint import load_sae
 
+    _choice("patch-positions", patch_positions, ("kept", "all", "both"))
     sae = load_sae(run, device=_device(device))
     if sae.form.name != "stacked" or sae.transforms.tensors:
         _print_scores(sae, run, store, split, picture, _device(device), as_json=as_json)
         return
     evaluation = _evaluate(run, store, split, _device(device), quiet=as_json)
+    patched = (
+        _patched(run, store, split, model, model_tokens, patch_positions, _device(device), quiet=as_json)
+        if loss
+        else []
+    )
     if picture is not None:
         _draw(evaluation, run, picture)
     if as_json:
-        print(json.dumps(evaluation.as_json()))
+        print(
+            json.dumps({**evaluation.as_json(), **({"loss": [p.as_json() for p in patched]} if loss else {})})
+        )
+        return
+    Console().print(_evaluation_table(evaluation))
+    if patched:
+        Console().print(rich_table(losses_table(patched), LOSS_COLUMNS))
+
+
+LOSS_COLUMNS = (
+    "positions", "layer", "n_tokens", "loss", "change", "change_se", "zero_change", "mean_change", "recovered_zero", "recovered_zero_se",
+    "recovered_mean", "recovered_mean_se", "kl", "kl_se", "logit_mse",
+)  # fmt: skip
+"""What a terminal has room for."""
+
+
+def _positions(text: str) -> Any:
+    return ("kept", "all") if text == "both" else (text,)
+
+
+def _patched(
+    run: Path,
+    location: str,
+    split: str,
+    model: str | None,
+    n_tokens: int,
+    positions: str,
+    device: str,
+    *,
+    quiet: bool,
+) -> Any:
+    from actcache.patching import Patcher
+    from analysis.patched import evaluate_patched
+    from analysis.subject import load_subject
+
+    store = actcache.open(location)
+    subject = load_subject(run, store, device)
+    found = _load_model_of(store, model, device)
+    with _progress("tok", quiet=quiet) as progress:
+        task = progress.add_task("model with patches", total=n_tokens)
+        return evaluate_patched(
+            subject,
+            Patcher(found.decoder),
+            n_tokens=n_tokens,
+            split=split,  # type: ignore[arg-type]
+            positions=_positions(positions),
+            on_tokens=lambda n: progress.advance(task, n),
+        )
+
+
+def _load_model_of(store: Any, given: str | None, device: str) -> Any:
+    from analysis.models import find_model, load_model_of
+
+    _quiet_transformers()
+    name = given or find_model(store)
+    if name is None:
+        raise UsageError(
+            f"the plan of {store.url} calls its model {store.plan.request.model.name}, without a path, and there is no folder of "
+            f"that name beside the store: say where it is with --model"
+        )
+    return load_model_of(store, name, device)
+
+
+@app.command()
+def encode(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder for the latents.")],
+    split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Stop with the sequence that completes so many kept tokens. Default: all."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write the active latents of every kept token at every layer, once, as Parquet. Run it again to continue."""
+    from analysis.latents import encode_store
+    from analysis.subject import load_subject
+
+    _choice("split", split, ("holdout", "train"))
+    subject = load_subject(run, actcache.open(store), _device(device))
+    with _progress("rows", quiet=as_json) as progress:
+        n_rows = sum(shard.passes.size for shard in subject.shards(split, tokens))  # type: ignore[arg-type]
+        task = progress.add_task("encode", total=n_rows)
+        latents = encode_store(
+            subject,
+            out,
+            split=split,  # type: ignore[arg-type]
+            n_tokens=tokens,
+            on_rows=lambda n: progress.advance(task, n),
+        )
+    n_bytes = sum(file["bytes"] for file in latents.header["files"])
+    n_entries = sum(file["n_entries"] for file in latents.header["files"])
+    facts = {
+        "latents": str(out),
+        "n_tokens": latents.n_tokens,
+        "n_rows": n_rows,
+        "n_entries": n_entries,
+        "bytes": n_bytes,
+    }
+    if as_json:
+        print(json.dumps(facts))
     else:
-        Console().print(_evaluation_table(evaluation))
+        console.print(
+            f"{out}: {latents.n_tokens:,} tokens x {len(latents.layers)} layers, {n_entries:,} active latents, {_bytes(n_bytes)}",
+            highlight=False,
+        )
+
+
+@app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, tables, figures and the dataset.")],
+    split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Stop with the sequence that completes so many kept tokens. Default: all."),
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            help="Latents that 'actcache encode' wrote, or will be written here. Default: in --out."
+        ),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Beside another run: a folder that analyze wrote, or a run, which is then analysed on the same store. Repeat."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to look at alone. Repeat. Default: the one of the MLSAE paper."),
+    ] = None,
+    model: ModelName = None,
+    no_model: Annotated[
+        bool,
+        typer.Option("--no-model", help="Only what the rows tell: no loss, no prompts, no text of tokens."),
+    ] = False,
+    model_tokens: ModelTokens = 1000,
+    patch_positions: PatchPositions = "both",
+    examples: Annotated[int, typer.Option(help="Most active rows kept per latent and layer.")] = 8,
+    min_tokens: Annotated[
+        int, typer.Option(help="Tokens a latent must be active on to count in the variance decomposition.")
+    ] = 10,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Every table and figure of the multi-layer SAE paper about one run, in one page: OUT/report.html."""
+    from analysis.output import analyse_and_write
+    from analysis.run import PAPER_PROMPT, Reporter, Request
+
+    _choice("split", split, ("holdout", "train"))
+    _choice("patch-positions", patch_positions, ("kept", "all", "both"))
+    opened = actcache.open(store)
+    found = None if no_model else _load_model_of(opened, model, _device(device))
+    request = Request(
+        split=split,  # type: ignore[arg-type]
+        n_tokens=tokens,
+        min_tokens=min_tokens,
+        n_examples=examples,
+        model_tokens=model_tokens,
+        positions=_positions(patch_positions),
+        prompts=tuple(prompt or (PAPER_PROMPT,)),
+    )
+    with _progress("", quiet=as_json) as progress:
+        stages: list[Any] = []
+
+        def stage(name: str, total: int | None, unit: str) -> None:
+            stages.append(progress.add_task(name, total=total, unit=unit))
+
+        summary = analyse_and_write(
+            run,
+            opened,
+            out,
+            request,
+            model=found,
+            latents=latents,
+            compare=compare or [],
+            device=_device(device),
+            reporter=Reporter(on_stage=stage, on_advance=lambda n: progress.advance(stages[-1], n)),
+        )
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    else:
+        console.print(f"look at {out / 'report.html'}", highlight=False)
 
 
 def _print_scores(

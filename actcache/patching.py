@@ -124,7 +124,10 @@ class Patcher:
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """The token embedding and the unembedding, [v, d] each; one and the same tensor where they are tied."""
-        modules = (self._causal_lm.get_input_embeddings(), self._causal_lm.get_output_embeddings())
+        modules: tuple[Any, Any] = (
+            self._causal_lm.get_input_embeddings(),
+            self._causal_lm.get_output_embeddings(),
+        )
         into, out_of = (module.weight for module in modules)
         return (into, into) if out_of.data_ptr() == into.data_ptr() else (into, out_of)
 

@@ -150,6 +150,11 @@ def _as_table(
             for tokens in part.tokens[:, at].tolist()
         ]
     return pa.table(
-        {field.name: pa.array(columns[field.name], field.type) if not isinstance(columns[field.name], pa.Array) else columns[field.name].cast(field.type) for field in schema},
+        {
+            field.name: pa.array(columns[field.name], field.type)
+            if not isinstance(columns[field.name], pa.Array)
+            else columns[field.name].cast(field.type)
+            for field in schema
+        },
         schema=schema,
     )

@@ -38,6 +38,11 @@ class Entries:
         )
 
 
+def sum_by(index: NDArray[np.int64], weights: NDArray[np.floating], n: int) -> NDArray[np.float64]:
+    """[n] float64: the weights summed by index."""
+    return np.asarray(np.bincount(index, weights, minlength=n), np.float64)
+
+
 def segments(sorted_keys: NDArray[Any]) -> NDArray[np.int64]:
     """Where each run of equal keys starts; empty for no keys."""
     if not len(sorted_keys):

@@ -4,7 +4,7 @@ Axes: e entries, c candidates kept, l layers, f latents.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +52,7 @@ class TopExamples:
     def __init__(self, n_layers: int, n_latents: int, n: int) -> None:
         self.n, self.n_latents = n, n_latents
         self._threshold = np.zeros(n_layers * n_latents)  # below it nothing gets in any more
-        self._columns: dict[str, NDArray[np.generic]] = {
+        self._columns: dict[str, NDArray[Any]] = {
             name: np.empty(0, np.float64 if name == "activation" else np.int64)
             for name in ("key", "activation", "sequence", "position", "token", "document")
         }
@@ -77,7 +77,7 @@ class TopExamples:
         """Add what another accumulator has kept."""
         self._add(other._columns)
 
-    def _add(self, columns: dict[str, NDArray[np.generic]]) -> None:
+    def _add(self, columns: dict[str, NDArray[Any]]) -> None:
         both = {name: np.concatenate([kept, columns[name]]) for name, kept in self._columns.items()}
         order = np.lexsort((both["position"], both["sequence"], -both["activation"], both["key"]))
         key = both["key"][order]

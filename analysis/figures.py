@@ -1,5 +1,6 @@
 """The pictures of an analysis. Each function draws what it is given; captions with formulas stand in `report`."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.dictionary import CosineByDistance
-from analysis.layers import LatentLayers, Spread
+from analysis.layers import LatentLayers
 from analysis.metrics import Evaluation
 from analysis.patched import PatchedScores
 from analysis.prompts import PromptLatents
-from analysis.run import TracePoint
 from analysis.similarity import StreamSimilarity
 from analysis.svg import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, average_columns, drawing, new_figure, ramp
+from analysis.trace import TracePoint
 from analysis.variance import VarianceShares
 
 
-def _layer_axis(axis: Any, layers: NDArray[np.integer] | list[int] | tuple[int, ...], label: str = "layer") -> range:
+def _layer_axis(axis: Any, layers: Sequence[object], label: str = "layer") -> range:
     """Ticks for layers at places 0, 1, ...; every one where there is room."""
     places = range(len(layers))
     step = -(-len(layers) // 16)
@@ -34,7 +35,14 @@ def reconstruction(evaluation: Evaluation) -> Any:
     places = _layer_axis(axes.xaxis, list(evaluation.layers))
     bars = axes.bar(places, [s.fvu for s in scores], color=BLUE, label="FVU")
     axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.plot(places, [s.fvu_k0 for s in scores], "o", ms=3, color=ORANGE, label="k = 0: row mean and scale with the bias")
+    axes.plot(
+        places,
+        [s.fvu_k0 for s in scores],
+        "o",
+        ms=3,
+        color=ORANGE,
+        label="k = 0: row mean and scale with the bias",
+    )
     axes.plot(places, [s.fvu_scalar for s in scores], "_", ms=9, color=GREEN, label="FVU, one scalar mean")
     axes.set_ylabel("fraction of variance unexplained")
     axes.set_ylim(0, max(1.0, *(s.fvu_k0 for s in scores)) * 1.25)
@@ -53,13 +61,29 @@ def losses(scores: PatchedScores) -> Any:
         axes.set_xlabel("layer patched")
     colours = [BLUE] * len(scores.layers) + [PURPLE]
     left.bar(range(len(items)), [s.change.value for s in items], color=colours)
-    left.errorbar(range(len(items)), [s.change.value for s in items], [s.change.se for s in items], fmt="none", ecolor=INK, lw=0.8)
+    left.errorbar(
+        range(len(items)),
+        [s.change.value for s in items],
+        [s.change.se for s in items],
+        fmt="none",
+        ecolor=INK,
+        lw=0.8,
+    )
     left.set_ylabel("change of loss, nats / token")
     for i, (name, colour) in enumerate((("recovered_zero", BLUE), ("recovered_mean", ORANGE))):
         found = [getattr(s, name) for s in items]
         places = np.arange(len(items)) + 0.2 * (i - 0.5)
         label = "against zeros" if name == "recovered_zero" else "against the mean"
-        right.errorbar(places, [f.value for f in found], [f.se for f in found], fmt="o", ms=3, color=colour, lw=0.8, label=label)
+        right.errorbar(
+            places,
+            [f.value for f in found],
+            [f.se for f in found],
+            fmt="o",
+            ms=3,
+            color=colour,
+            lw=0.8,
+            label=label,
+        )
     right.set_ylabel("loss recovered")
     right.axhline(1, color=FAINT, lw=0.6)
     right.legend(loc="lower left")
@@ -67,7 +91,9 @@ def losses(scores: PatchedScores) -> Any:
 
 
 @drawing
-def layer_heatmap(latents: LatentLayers, values: NDArray[np.floating], label: str, gamma: float = 1.0, colour: str = BLUE) -> Any:
+def layer_heatmap(
+    latents: LatentLayers, values: NDArray[Any], label: str, gamma: float = 1.0, colour: str = BLUE
+) -> Any:
     """Values [l, f] of alive latents by mean layer."""
     from matplotlib.colors import PowerNorm
 
@@ -76,7 +102,12 @@ def layer_heatmap(latents: LatentLayers, values: NDArray[np.floating], label: st
     shown = average_columns(values[:, order])
     highest = float(np.nanmax(shown, initial=0.0)) or 1.0
     image = axes.imshow(
-        shown, aspect="auto", cmap=ramp(colour), norm=PowerNorm(gamma, 0, highest), interpolation="none", origin="lower"
+        shown,
+        aspect="auto",
+        cmap=ramp(colour),
+        norm=PowerNorm(gamma, 0, highest),
+        interpolation="none",
+        origin="lower",
     )
     _layer_axis(axes.yaxis, latents.layers.tolist())
     axes.set_xticks([])
@@ -90,11 +121,17 @@ def mean_layers(latents: LatentLayers) -> Any:
     """Density of mean layers, 16 bins per layer, and of their distance to the nearest layer there is."""
     figure, (left, right) = new_figure(columns=2, width_ratios=(2, 1))
     means, layers = latents.mean[latents.is_alive], latents.layers
-    left.hist(means, bins=16 * len(layers), range=(layers[0], max(layers[-1], layers[0] + 1)), density=True, color=BLUE)
+    left.hist(
+        means,
+        bins=16 * len(layers),
+        range=(layers[0], max(layers[-1], layers[0] + 1)),
+        density=True,
+        color=BLUE,
+    )
     left.set_xlabel("mean layer of a latent")
     left.set_ylabel("density")
     right.hist(distance_to_layer(means, layers), bins=24, density=True, color=ORANGE)
-    right.set_xlabel("distance to the nearest layer")
+    right.set_xlabel("distance to nearest layer")
     return figure
 
 
@@ -111,7 +148,15 @@ def layer_spread(latents: LatentLayers, trace: list[TracePoint]) -> Any:
     left.set_xlabel("std of the layer, per latent")
     left.set_ylabel("latents")
     tokens = [point.n_tokens for point in trace]
-    right.errorbar(tokens, [p.layer_std.mean for p in trace], [p.layer_std.sem for p in trace], fmt="o-", ms=3, lw=0.8, color=ORANGE)
+    right.errorbar(
+        tokens,
+        [p.layer_std.mean for p in trace],
+        [p.layer_std.sem for p in trace],
+        fmt="o-",
+        ms=3,
+        lw=0.8,
+        color=ORANGE,
+    )
     right.set_xlabel("tokens")
     right.set_ylabel("mean std")
     right.set_ylim(0, None)
@@ -124,7 +169,9 @@ def layers_active(latents: LatentLayers, pairs: NDArray[np.int64]) -> Any:
     figure, axes = new_figure()
     alive = latents.is_alive
     numbers = np.arange(1, len(latents.layers) + 1)
-    aggregate = np.bincount(latents.n_layers[alive], minlength=len(numbers) + 1)[1:] / max(int(alive.sum()), 1)
+    aggregate = np.bincount(latents.n_layers[alive], minlength=len(numbers) + 1)[1:] / max(
+        int(alive.sum()), 1
+    )
     single = pairs[1:] / max(int(pairs.sum()), 1)
     axes.bar(numbers - 0.2, aggregate, 0.4, color=BLUE, label="latents, over all tokens")
     axes.bar(numbers + 0.2, single, 0.4, color=ORANGE, label="(token, latent) pairs, on that token")
@@ -177,14 +224,31 @@ def stream(found: StreamSimilarity) -> Any:
     """Norms per layer and centred cosines of neighbouring layers."""
     figure, (left, right) = new_figure(columns=2)
     places = _layer_axis(left.xaxis, list(found.norms))
-    left.errorbar(places, [s.mean for s in found.norms.values()], [s.std for s in found.norms.values()], fmt="o-", ms=3, lw=0.8, color=BLUE, label="rows, ± std")
+    left.errorbar(
+        places,
+        [s.mean for s in found.norms.values()],
+        [s.std for s in found.norms.values()],
+        fmt="o-",
+        ms=3,
+        lw=0.8,
+        color=BLUE,
+        label="rows, ± std",
+    )
     left.plot(places, list(found.mean_norms.values()), "_", ms=8, color=ORANGE, label="mean row")
     left.set_ylabel("L2 norm")
     left.set_ylim(0, None)
     left.legend()
     pairs = [f"{a}, {b}" for a, b in found.cosines]
     places = _layer_axis(right.xaxis, pairs, "neighbouring layers")
-    right.errorbar(places, [s.mean for s in found.cosines.values()], [s.std for s in found.cosines.values()], fmt="o", ms=3, lw=0.8, color=GREEN)
+    right.errorbar(
+        places,
+        [s.mean for s in found.cosines.values()],
+        [s.std for s in found.cosines.values()],
+        fmt="o",
+        ms=3,
+        lw=0.8,
+        color=GREEN,
+    )
     right.set_ylabel("cosine of centred rows, ± std")
     right.set_ylim(min(0.0, *(s.mean - s.std for s in found.cosines.values())) if found.cosines else 0, 1.02)
     return figure
@@ -199,7 +263,11 @@ def cosine_distance(found: CosineByDistance) -> Any:
     counts = found.counts.astype(np.float64)
     columns = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     used = np.flatnonzero(found.counts.sum(0))
-    low, high = (max(int(used[0]) - 1, 0), min(int(used[-1]) + 2, counts.shape[1])) if len(used) else (0, counts.shape[1])
+    low, high = (
+        (max(int(used[0]) - 1, 0), min(int(used[-1]) + 2, counts.shape[1]))
+        if len(used)
+        else (0, counts.shape[1])
+    )
     x, y = found.distance_edges, found.cosine_edges
     image = axes.imshow(
         columns[:, low:high].T, aspect="auto", origin="lower", interpolation="none", cmap=ramp(),
@@ -213,7 +281,9 @@ def cosine_distance(found: CosineByDistance) -> Any:
 
 
 @drawing
-def directions(max_cosine: NDArray[np.floating], density: NDArray[np.floating], norm: NDArray[np.floating]) -> Any:
+def directions(
+    max_cosine: NDArray[np.floating], density: NDArray[np.floating], norm: NDArray[np.floating]
+) -> Any:
     """Largest cosine with another latent, share of rows on which a latent is active, decoder norm."""
     figure, axes = new_figure(columns=3)
     axes[0].hist(max_cosine, bins=48, color=BLUE)
@@ -236,12 +306,12 @@ def prompt_heatmap(prompt: PromptLatents) -> Any:
 
 
 @drawing
-def sweep(x: list[float], series: dict[str, list[Spread | float]], x_label: str, y_label: str) -> Any:
+def sweep(x: list[float], series: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Any:
     """One number of several runs against what differs between them."""
     figure, axes = new_figure(width=2.6, height=2.0)
     order = np.argsort(x)
     for (label, values), colour in zip(series.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
-        means = np.array([v.mean if isinstance(v, Spread) else v for v in values], np.float64)
+        means = np.array(values, np.float64)
         axes.plot(np.array(x)[order], means[order], "o-", ms=3, lw=0.8, color=colour, label=label)
     if len(series) > 1:
         axes.legend()
@@ -274,7 +344,13 @@ def save_overview(evaluation: Evaluation, title: str, path: Path) -> None:
     bars.legend(loc="upper left", bbox_to_anchor=(0, 0.97))
     order = evaluation.latents.by_mean_layer()
     image = heat.imshow(
-        evaluation.latents.p[:, order], aspect="auto", cmap="magma_r", vmin=0, vmax=1, interpolation="nearest", origin="lower"
+        evaluation.latents.p[:, order],
+        aspect="auto",
+        cmap="magma_r",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        origin="lower",
     )
     heat.set_yticks(list(places), [str(layer) for layer in layers])
     heat.set_ylabel("layer")

@@ -4,7 +4,9 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.tables import Table
+import numpy as np
+
+from analysis.tables import Table, said
 
 _STYLE = """
 :root{color-scheme:light dark;--back:#fdfdfc;--ink:#1c1f23;--soft:#5b626b;--rule:#c9ced4;--card:#f4f5f6;--mark:59,130,196}
@@ -80,34 +82,24 @@ def facts(items: Sequence[tuple[str, str]]) -> str:
     return f'<div class="facts">{boxes}</div>'
 
 
-def said(value: Any) -> str:
-    """A cell's text."""
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if value == 0 or 0.001 <= abs(value) < 1e5:
-            return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
-        return f"{value:.2e}"
-    return str(value)
-
-
-def table(rows: Table, columns: Sequence[str] | None = None, note: bool = True) -> str:
+def table(rows: Table, columns: Sequence[str] | None = None, *, note: bool = True) -> str:
     """A table that sorts when a heading is clicked; its note below. columns: which, in order; None: all."""
     names = list(columns or rows.columns)
     values = [rows.columns[name] for name in names]
-    lists = [v.tolist() if hasattr(v, "tolist") else list(v) for v in values]
+    lists = [v.tolist() if isinstance(v, np.ndarray) else list(v) for v in values]
     is_text = [any(isinstance(v, str) for v in column) for column in lists]
-    head = "".join(f'<th scope="col"{" class=text" * text}>{escape(name)}</th>' for name, text in zip(names, is_text, strict=True))
+    head = "".join(
+        f'<th scope="col"{" class=text" * text}>{escape(name)}</th>'
+        for name, text in zip(names, is_text, strict=True)
+    )
     body = "".join(
         "<tr>" + "".join(_cell(v, text=text) for v, text in zip(row, is_text, strict=True)) + "</tr>"
         for row in zip(*lists, strict=True)
     )
     below = f'<p class="note">{escape(rows.note)}</p>' if note else ""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}'
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}'
+    )
 
 
 def _cell(value: Any, *, text: bool) -> str:

@@ -83,9 +83,7 @@ class Codes:
 
     def entries(self, *, aligned: bool = False, above: float = ACTIVE_ABOVE) -> Entries:
         """Active latents of rows that pass; with `aligned`, of tokens that pass at all layers."""
-        passes = (
-            np.broadcast_to(self.passes.all(1)[:, None], self.passes.shape) if aligned else self.passes
-        )
+        passes = self.passes & self.passes.all(axis=1, keepdims=True) if aligned else self.passes
         row = np.repeat(np.arange(self.passes.size), np.diff(self.offsets))
         chosen = passes.reshape(-1)[row] & (self.activation > above)
         row = row[chosen]
@@ -189,9 +187,7 @@ def encode_store(
     request = _request(subject, split, n_tokens)
     header = _read_header(out)
     if header is None:
-        if out.exists() and any(
-            not entry.name.startswith(durable.TEMPORARY) for entry in out.iterdir()
-        ):
+        if out.exists() and any(not entry.name.startswith(durable.TEMPORARY) for entry in out.iterdir()):
             raise UsageError(f"{out} is not empty and holds no latents; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         header = {"format": FORMAT, **request, "complete": False, "files": []}
@@ -310,7 +306,9 @@ def _read_header(root: Path) -> dict[str, Any] | None:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DamageError(f"{path} cannot be read: {error}; remove {root} and run 'actcache encode' again") from error
+        raise DamageError(
+            f"{path} cannot be read: {error}; remove {root} and run 'actcache encode' again"
+        ) from error
     if header.get("format") != FORMAT:
         raise UsageError(
             f"{root} is written in format {header.get('format')!r}; this actcache reads format {FORMAT}"

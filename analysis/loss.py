@@ -6,8 +6,8 @@ sequence are not independent: standard errors are those of a ratio of sums over 
 Axes: q sequences, t positions, n scored tokens, v vocabulary, m quantities.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple, Self
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -56,6 +56,16 @@ class LossScores:
     zero_kl: Estimate
     mean_kl: Estimate
     logit_mse: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; an estimate is {"value", "se"}, null where it is not a number."""
+        found: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Estimate):
+                value = {name: x if x == x else None for name, x in value._asdict().items()}
+            found[field.name] = value
+        return found
 
 
 class LossSums:

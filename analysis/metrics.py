@@ -176,9 +176,7 @@ def evaluate(
         for layer in source.layers:
             at = batch.layer == layer
             if at.any():
-                found.update(
-                    layer, batch.rows[at], xhat[at], nothing[at], code.values[at], code.indices[at]
-                )
+                found.update(layer, batch.rows[at], xhat[at], nothing[at], code.values[at], code.indices[at])
         on_rows(len(batch))
     return found.compute()
 
@@ -189,11 +187,13 @@ def _ratio(error: float, variance: float) -> float:
 
 
 def _mean(scores: list[LayerScores], latents: LatentLayers) -> LayerScores:
-    means = {name: sum(getattr(s, name) for s in scores) / len(scores) for name in LayerScores._fields}
+    means: dict[str, Any] = {
+        name: sum(getattr(s, name) for s in scores) / len(scores) for name in LayerScores._fields
+    }
     n_alive = int(latents.is_alive.sum())
     exact = {
         "n_rows": sum(s.n_rows for s in scores),
         "n_alive": n_alive,
         "n_dead": len(latents.is_alive) - n_alive,
     }
-    return LayerScores(**means | exact)
+    return LayerScores(**means)._replace(**exact)

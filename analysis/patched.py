@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,14 @@ class PatchedScores:
     positions: Positions
     layers: dict[int, LossScores]
     together: LossScores
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; an estimate is {"value", "se"}."""
+        return {
+            "positions": self.positions,
+            "layers": {str(layer): scores.as_json() for layer, scores in self.layers.items()},
+            "together": self.together.as_json(),
+        }
 
 
 class _Tokens(NamedTuple):
@@ -97,9 +105,7 @@ def evaluate_patched(
         layer: torch.from_numpy(stats.mean).to(patcher.decoder.device)
         for layer, stats in subject.store.stats(subject.target_hook, "train").items()
     }
-    sums: Sums = {
-        way: {layer: LossSums() for layer in (*subject.layers, None)} for way in positions
-    }
+    sums: Sums = {way: {layer: LossSums() for layer in (*subject.layers, None)} for way in positions}
     n_states = len(CONDITIONS) * (len(subject.layers) + 1)
     at_once = min(_FORWARD_TOKENS, _HIDDEN_VALUES // (n_states * patcher.decoder.width))
     for tokens in _batches(subject, split, n_tokens, at_once):
@@ -201,7 +207,9 @@ def _score(
             for name, value in scores._asdict().items():
                 parts[key].setdefault(f"{condition}_{name}", []).append(value[is_scored[key][rows]])
     return {
-        key: {name: torch.cat(values) for name, values in found.items()} for key, found in parts.items() if found
+        key: {name: torch.cat(values) for name, values in found.items()}
+        for key, found in parts.items()
+        if found
     }
 
 

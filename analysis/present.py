@@ -1,14 +1,16 @@
 """Findings as tables."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.table import Table as RichTable
 
 from analysis.layers import spread
 from analysis.loss import Estimate, LossScores
 from analysis.patched import PatchedScores
 from analysis.run import Findings
-from analysis.tables import Table, table_of
+from analysis.tables import Table, said, table_of
 
 
 def findings_tables(found: Findings) -> list[Table]:
@@ -30,6 +32,17 @@ def findings_tables(found: Findings) -> list[Table]:
         tables.append(nearest_table(found))
         tables.append(prompts_table(found))
     return tables
+
+
+def rich_table(table: Table, columns: Sequence[str] | None = None) -> RichTable:
+    """A table for the terminal. columns: which; None: all."""
+    names = list(columns or table.columns)
+    shown = RichTable(title=table.title, title_justify="left", show_edge=False)
+    for name in names:
+        shown.add_column(name.replace("_", " "), justify="right")
+    for row in zip(*(list(table.columns[name]) for name in names), strict=True):
+        shown.add_row(*(said(value) for value in row))
+    return shown
 
 
 def reconstruction_table(found: Findings) -> Table:
@@ -140,7 +153,7 @@ def trace_table(found: Findings) -> Table:
     return table_of(
         "convergence",
         "Convergence of layer_std",
-        "Spread of layer_std over alive latents after each shard.",
+        "Spread of layer_std over the latents alive so far, as tokens are added.",
         [{"n_tokens": point.n_tokens, **point.layer_std._asdict()} for point in found.trace],
     )
 
@@ -148,7 +161,8 @@ def trace_table(found: Findings) -> Table:
 def variance_table(found: Findings) -> Table:
     """The decomposition under both weightings."""
     rows = [
-        {name: getattr(shares, name) for name in type(shares).__dataclass_fields__} for shares in found.variance.values()
+        {name: getattr(shares, name) for name in type(shares).__dataclass_fields__}
+        for shares in found.variance.values()
     ]
     return table_of(
         "variance",
@@ -264,6 +278,7 @@ def prompts_table(found: Findings) -> Table:
     return Table(
         name="prompts",
         title="Active latents of the prompts",
-        note="a > 1e-3, standardised units, by token and layer. " + "; ".join(f"prompt {i}: {p.text!r}" for i, p in parts),
+        note="a > 1e-3, standardised units, by token and layer. "
+        + "; ".join(f"prompt {i}: {p.text!r}" for i, p in parts),
         columns=columns,
     )

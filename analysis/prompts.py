@@ -3,10 +3,7 @@
 Axes: t tokens of the text, l layers, f latents.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +12,9 @@ from numpy.typing import NDArray
 from actcache.errors import UsageError
 from analysis.entries import Entries
 from analysis.layers import LatentLayers, LayerCounts
+from analysis.models import Model
 from analysis.subject import Subject
 from trainer.dead import ACTIVE_ABOVE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from actcache.model import Decoder
 
 PAPER_PROMPT = "When Mary and John went to the store, John gave a drink to"
 """The text of the MLSAE paper's single-prompt heatmap."""
@@ -47,9 +40,7 @@ class PromptLatents:
     latents: LatentLayers
 
 
-def prompt_latents(
-    subject: Subject, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: str
-) -> PromptLatents:
+def prompt_latents(subject: Subject, model: Model, text: str) -> PromptLatents:
     """Run a text through the model and its hooks through the SAE.
 
     The text begins as the store's sequences do: with a BOS token where the plan has one, else bare.
@@ -58,7 +49,7 @@ def prompt_latents(
         UsageError: no token of the text would be kept.
     """
     request = subject.store.plan.request
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     if request.bos and request.tokenizer.bos_id is not None:
         ids = [request.tokenizer.bos_id, *ids]
     tokens = np.array(ids, np.int64)
@@ -66,7 +57,7 @@ def prompt_latents(
     is_kept &= ~np.isin(tokens, request.tokenizer.special_ids)
     if not is_kept.any():
         raise UsageError(f"the prompt {text!r} has no token that the store's plan would keep; write more")
-    acts = decoder.capture(torch.from_numpy(tokens)[None], {subject.hook: subject.layers})
+    acts = model.decoder.capture(torch.from_numpy(tokens)[None], {subject.hook: subject.layers})
     counts = LayerCounts(subject.layers, subject.n_latents)
     parts = []
     for i, layer in enumerate(subject.layers):
@@ -74,12 +65,14 @@ def prompt_latents(
         values, latents = code.values.cpu().numpy(), code.indices.cpu().numpy()
         counts.update(layer, values[is_kept], latents[is_kept])
         token, slot = np.nonzero(values > ACTIVE_ABOVE)
-        parts.append((token, np.full(len(token), i), latents[token, slot], values[token, slot].astype(np.float64)))
+        parts.append(
+            (token, np.full(len(token), i), latents[token, slot], values[token, slot].astype(np.float64))
+        )
     token, layer_i, latent, activation = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return PromptLatents(
         text=text,
         tokens=tokens,
-        pieces=[tokenizer.decode([token_id]) for token_id in ids],
+        pieces=[model.piece(token) for token in ids],
         is_kept=is_kept,
         entries=Entries(token=token, layer_i=layer_i, latent=latent, activation=activation),
         latents=counts.compute(),

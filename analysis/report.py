@@ -1,7 +1,6 @@
 """The report of an analysis: one self-contained page, every figure with its formula and its n."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,13 @@ from analysis.svg import to_svg
 _SHOWN_EXAMPLES = 3
 
 
-def report(found: Findings, others: Sequence[Summary], own: Summary, folder: Path) -> tuple[str, dict[str, str]]:
+def report(found: Findings, others: Sequence[Summary], own: Summary) -> tuple[str, dict[str, str]]:
     """The page, and its figures as SVG by name.
 
     Args:
         found: of the run.
         others: of the runs it is compared with.
         own: its own summary.
-        folder: where the report will be, with the examples.
     """
     drawn = _Drawn()
     parts = [
@@ -70,7 +68,10 @@ def _head(found: Findings) -> str:
         ("FVU, mean of layers", f"{mean.fvu:.3f}"),
         ("latents active per row", f"{mean.l0:.1f}"),
         ("alive latents here", f"{mean.n_alive:,} of {n_latents:,}"),
-        ("layers per latent", f"{spread(evaluation.latents.n_layers[evaluation.latents.is_alive]).mean:.2f} of {len(subject.layers)}"),
+        (
+            "layers per latent",
+            f"{spread(evaluation.latents.n_layers[evaluation.latents.is_alive]).mean:.2f} of {len(subject.layers)}",
+        ),
         ("layers per latent on one token", f"{_mean_layers(found.pairs):.2f}"),
     ]
     if found.model is not None:
@@ -125,11 +126,17 @@ def _reconstruction(found: Findings, drawn: _Drawn) -> str:
 def _loss(found: Findings, drawn: _Drawn) -> str:
     if found.model is None:
         return html.section(
-            "loss", "Loss", '<p class="soft">Not measured: the model was not at hand. Run with <code>--model</code>.</p>'
+            "loss",
+            "Loss",
+            '<p class="soft">Not measured: the model was not at hand. Run with <code>--model</code>.</p>',
         )
     parts = []
     for scores in found.model.patched:
-        way = "rows that the run's filter lets pass" if scores.positions == "kept" else "all positions, filtered ones too"
+        way = (
+            "rows that the run's filter lets pass"
+            if scores.positions == "kept"
+            else "all positions, filtered ones too"
+        )
         parts.append(f"<h3>Patched: {way}</h3>")
         parts.append(
             drawn.figure(
@@ -239,7 +246,16 @@ def _examples(found: Findings) -> str:
     chosen = _interesting(found)
     if not chosen:
         return ""
-    columns = ["latent", "layer", "rank", "activation", "document", "context_tokens", "context_activations", "context_at"]
+    columns = [
+        "latent",
+        "layer",
+        "rank",
+        "activation",
+        "document",
+        "context_tokens",
+        "context_activations",
+        "context_at",
+    ]
     rows = pq.read_table(
         found.examples_path, columns=columns, filters=[("latent", "in", [f for f, _why in chosen]), ("rank", "<", _SHOWN_EXAMPLES)]
     ).to_pylist()  # fmt: skip
@@ -248,9 +264,13 @@ def _examples(found: Findings) -> str:
     for latent, why in chosen:
         mine = sorted((r for r in rows if r["latent"] == latent), key=lambda r: (r["layer"], r["rank"]))
         shares = ", ".join(
-            f"{layer}: {p:.0%}" for layer, p in zip(latents.layers.tolist(), latents.p[:, latent], strict=True) if p >= 0.005
+            f"{layer}: {p:.0%}"
+            for layer, p in zip(latents.layers.tolist(), latents.p[:, latent], strict=True)
+            if p >= 0.005
         )
-        parts.append(f'<details{" open" * (not parts)}><summary>Latent {latent} <span class="soft">{why}; by layer {shares}</span></summary>')
+        parts.append(
+            f'<details{" open" * (not parts)}><summary>Latent {latent} <span class="soft">{why}; by layer {shares}</span></summary>'
+        )
         for layer, of_layer in _grouped(mine).items():
             parts.append(f'<p class="soft">layer {layer}</p>')
             for row in of_layer:
@@ -281,7 +301,9 @@ def _interesting(found: Findings, n: int = 3) -> list[tuple[int, str]]:
     """Some latents to look at, of those active on at least 50 rows (or half the median)."""
     latents = found.evaluation.latents
     count = latents.count
-    often = np.flatnonzero(count >= min(50, np.median(count[latents.is_alive]) / 2 if latents.is_alive.any() else 0))
+    often = np.flatnonzero(
+        count >= min(50, np.median(count[latents.is_alive]) / 2 if latents.is_alive.any() else 0)
+    )
     often = often[latents.is_alive[often]]
     picks = (
         ("most evenly over layers", -latents.entropy[often]),
@@ -301,7 +323,10 @@ def _nearest(found: Findings, latent: int) -> str:
     said = []
     for name, nearest in found.model.nearest.items():
         tokens = ", ".join(
-            f"{found.pieces(token)!r} {cosine:.2f}" for token, cosine in zip(nearest.tokens[latent].tolist(), nearest.cosines[latent].tolist(), strict=True)
+            f"{found.pieces(token)!r} {cosine:.2f}"
+            for token, cosine in zip(
+                nearest.tokens[latent].tolist(), nearest.cosines[latent].tolist(), strict=True
+            )
         )
         said.append(f"nearest in the {name}: {tokens}")
     return f'<p class="note">{html.escape("; ".join(dict.fromkeys(said)))}</p>'
@@ -339,12 +364,18 @@ def _comparison(summaries: Sequence[Summary], drawn: _Drawn) -> str:
             (("rel_t_mass", "rel_t_latent"), "rel_t"),
             (("mmcs",), "MMCS"),
         ):
-            shown = [s for s in summaries if s.facts.get(x) is not None and all(s.scores.get(n) is not None for n in names)]
+            shown = [
+                s
+                for s in summaries
+                if s.facts.get(x) is not None and all(s.scores.get(n) is not None for n in names)
+            ]
             if len(shown) < 2:
                 continue
             series = {name: [float(s.scores[name] or 0.0) for s in shown] for name in names}
             drawing = figures.sweep([float(s.facts[x]) for s in shown], series, x, label)
-            pictures.append(drawn.figure(f"sweep_{x}_{names[0]}", drawing, f"{label} against {x}, n = {len(shown)} runs."))
+            pictures.append(
+                drawn.figure(f"sweep_{x}_{names[0]}", drawing, f"{label} against {x}, n = {len(shown)} runs.")
+            )
     grid = f'<div class="grid">{"".join(pictures)}</div>' if pictures else ""
     return html.section("comparison", "Runs side by side", grid, html.table(table))
 

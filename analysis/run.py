@@ -7,6 +7,7 @@ come from the latents, directions from the weights; the model is run on a stated
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +27,17 @@ from analysis.dictionary import (
 )
 from analysis.examples import Examples, TopExamples
 from analysis.latents import ENCODE_ROWS, LatentStore, encode_store
-from analysis.layers import LayerCounts, Spread, spread
+from analysis.layers import LayerCounts
 from analysis.metrics import Evaluation, Reconstruction
+from analysis.models import Model
 from analysis.patched import PatchedScores, Positions, evaluate_patched
 from analysis.prompts import PAPER_PROMPT, PromptLatents, prompt_latents
 from analysis.similarity import LayerMeans, NeighbourCosines, StreamSimilarity
 from analysis.subject import Subject
+from analysis.trace import Trace, TracePoint
 from analysis.variance import LayerVariance, VarianceShares, Weighting
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from actcache.model import Decoder
     from actcache.reader.access import Split
 
 WEIGHTINGS: tuple[Weighting, ...] = ("mass", "latent")
@@ -69,26 +69,12 @@ class Request:
     n_nearest: int = 8
 
 
-class Model(NamedTuple):
-    """The store's model, where it is at hand."""
-
-    decoder: Decoder
-    tokenizer: PreTrainedTokenizerBase
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reporter:
-    """Hears how far the work is: a stage begins with its size (None: not known), then advances."""
+    """Hears how far the work is: a stage begins with its size (None: not known) and unit, then advances."""
 
-    on_stage: Callable[[str, int | None], None] = lambda _name, _total: None
+    on_stage: Callable[[str, int | None, str], None] = lambda _name, _total, _unit: None
     on_advance: Callable[[int], None] = lambda _n: None
-
-
-class TracePoint(NamedTuple):
-    """Spread of the latents' standard deviations over layers after so many tokens."""
-
-    n_tokens: int
-    layer_std: Spread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +133,7 @@ def analyse(
 
     Args:
         subject: the SAE and its store.
-        out: folder for `latents/` and `examples.parquet`.
+        out: folder for `latents/` and `dataset/examples.parquet`.
         request: what is asked for.
         model: for losses, nearest tokens, prompts and the text of examples.
         latents_path: where the latents are, or are to be; None: in `out`.
@@ -159,7 +145,7 @@ def analyse(
     """
     said = reporter or Reporter()
     n_rows = _count_rows(subject, request)
-    said.on_stage("encode", n_rows)
+    said.on_stage("encode", n_rows, "rows")
     latents = encode_store(
         subject,
         latents_path or out / "latents",
@@ -167,29 +153,30 @@ def analyse(
         n_tokens=request.n_tokens,
         on_rows=said.on_advance,
     )
-    said.on_stage("means of layers", n_rows)
+    said.on_stage("means of layers", n_rows, "rows")
     means = LayerMeans(subject.layers, subject.directions.shape[1])
     for shard in subject.shards(request.split, request.n_tokens):
         for i, layer in enumerate(subject.layers):
             means.update(layer, shard.rows(layer, dtype=torch.float32)[torch.from_numpy(shard.passes[i])])
             said.on_advance(len(shard))
-    said.on_stage("rows and latents", n_rows)
+    said.on_stage("rows and latents", n_rows, "rows")
     rows = _read_rows(subject, request, latents, means, said)
     evaluation = rows.reconstruction.compute()
     examples = rows.examples.compute()
-    said.on_stage("examples", len(examples))
-    examples_path = out / "examples.parquet"
+    said.on_stage("examples", len(examples), "rows")
+    examples_path = out / "dataset" / "examples.parquet"
+    examples_path.parent.mkdir(parents=True, exist_ok=True)
     write_examples(
         examples_path,
         examples,
         iter_contexts(examples, subject, latents, request.context),
         subject.layers,
         request.context,
-        _pieces(model),
+        None if model is None else functools.cache(model.piece),
         said.on_advance,
     )
     directions, alive = subject.directions, evaluation.latents.is_alive
-    said.on_stage("directions", len(directions) + int(alive.sum()))
+    said.on_stage("directions", len(directions) + int(alive.sum()), "latents")
     is_alive = torch.from_numpy(alive).to(directions.device)
     return Findings(
         subject=subject,
@@ -207,7 +194,7 @@ def analyse(
         decoder_norm=torch.linalg.vector_norm(directions, dim=1).cpu().numpy(),
         examples=examples,
         examples_path=examples_path,
-        pieces=_pieces(model) or (lambda token: f"<{token}>"),
+        pieces=(lambda token: f"<{token}>") if model is None else model.piece,
         model=None if model is None else _ask_model(subject, request, model, said),
     )
 
@@ -236,7 +223,7 @@ def _read_rows(
         TopExamples(len(layers), n_latents, request.n_examples),
         [],
     )
-    n_tokens = 0
+    trace = Trace(LayerCounts(layers, n_latents), latents.n_tokens)
     for codes, shard in zip(latents, subject.shards(request.split, request.n_tokens), strict=True):
         before: torch.Tensor | None = None
         for i, layer in enumerate(layers):
@@ -251,34 +238,14 @@ def _read_rows(
             before = x
             said.on_advance(len(x))
         found.variance.update(codes.entries(aligned=True), int(codes.passes.all(1).sum()))
-        found.examples.update(
-            codes.entries(), codes.sequence, codes.position, codes.token, codes.document
-        )
-        n_tokens += len(codes)
-        found.trace.append(TracePoint(n_tokens, _layer_std(found.reconstruction.latents)))
-    return found
-
-
-def _layer_std(counts: LayerCounts) -> Spread:
-    return spread(counts.compute().std)
-
-
-def _pieces(model: Model | None) -> Callable[[int], str] | None:
-    if model is None:
-        return None
-    known: dict[int, str] = {}
-
-    def piece(token: int) -> str:
-        if token not in known:
-            known[token] = model.tokenizer.decode([token])
-        return known[token]
-
-    return piece
+        found.examples.update(codes.entries(), codes.sequence, codes.position, codes.token, codes.document)
+        trace.update(codes)
+    return found._replace(trace=trace.points)
 
 
 def _ask_model(subject: Subject, request: Request, model: Model, said: Reporter) -> ModelFindings:
     patcher = Patcher(model.decoder)
-    said.on_stage("model with patches", request.model_tokens)
+    said.on_stage("model with patches", request.model_tokens, "tok")
     patched = evaluate_patched(
         subject,
         patcher,
@@ -289,7 +256,7 @@ def _ask_model(subject: Subject, request: Request, model: Model, said: Reporter)
     )
     embeddings = patcher.embeddings()
     n_different = 1 if embeddings[0] is embeddings[1] else 2
-    said.on_stage("nearest tokens", n_different * subject.n_latents)
+    said.on_stage("nearest tokens", n_different * subject.n_latents, "latents")
     nearest = {}
     for name, embedding in zip(("embedding", "unembedding"), embeddings, strict=True):
         if name == "unembedding" and n_different == 1:
@@ -298,9 +265,9 @@ def _ask_model(subject: Subject, request: Request, model: Model, said: Reporter)
             nearest[name] = nearest_tokens(
                 subject.directions, embedding, request.n_nearest, on_rows=said.on_advance
             )
-    said.on_stage("prompts", len(request.prompts))
+    said.on_stage("prompts", len(request.prompts), "texts")
     prompts = []
     for text in request.prompts:
-        prompts.append(prompt_latents(subject, model.decoder, model.tokenizer, text))
+        prompts.append(prompt_latents(subject, model, text))
         said.on_advance(1)
     return ModelFindings(patched=patched, nearest=nearest, prompts=prompts)

@@ -3,6 +3,7 @@
 Axes: b tokens, d width, l layers.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Self
 
@@ -75,7 +76,7 @@ class NeighbourCosines:
     def __init__(self, means: LayerMeans) -> None:
         self._means = means
         layers = tuple(means.rows)
-        self.cosines = {pair: ScalarSpread() for pair in zip(layers[:-1], layers[1:], strict=True)}
+        self.cosines = {pair: ScalarSpread() for pair in itertools.pairwise(layers)}
 
     def update(self, pair: tuple[int, int], x_bd: Tensor, y_bd: Tensor) -> None:
         """Add tokens whose rows pass at both layers. A centred row of norm 0 has no direction and is left out."""

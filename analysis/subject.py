@@ -97,9 +97,7 @@ class Subject:
         """Raw rows [b, d] float32 of one layer."""
         return self.sae.decode(code)
 
-    def reconstruct(
-        self, rows: Tensor, layer: int, values: Tensor, latents: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, rows: Tensor, layer: int, values: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Raw rows [b, d] decoded from stored activations [b, k] and latents [b, k], and from none at all."""
         standardised = standardise(rows.to(self.directions.device))
         values, latents = values.to(self.directions.device), latents.to(self.directions.device)

@@ -32,7 +32,9 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """For summary.json: NaN becomes null."""
-        scores = {key: None if value is None or value != value else value for key, value in self.scores.items()}
+        scores = {
+            key: None if value is None or value != value else value for key, value in self.scores.items()
+        }
         return {"format": FORMAT, "name": self.name, "facts": dict(self.facts), "scores": scores}
 
 
@@ -57,7 +59,9 @@ def summarise(found: Findings) -> Summary:
         "one_layer_per_token_frac": float(found.pairs[1] / found.pairs.sum()) if found.pairs.sum() else None,
         "entropy": spread(latents.entropy).mean,
         "mmcs": mmcs.mean,
-        "neighbour_cosine": float(np.mean([s.mean for s in found.stream.cosines.values()])) if found.stream.cosines else None,
+        "neighbour_cosine": float(np.mean([s.mean for s in found.stream.cosines.values()]))
+        if found.stream.cosines
+        else None,
     }
     for weighting, shares in found.variance.items():
         scores |= {f"rel_f_{weighting}": shares.rel_f, f"rel_t_{weighting}": shares.rel_t}
@@ -102,14 +106,18 @@ def read_summary(folder: Path) -> Summary:
     """
     path = folder / FILE
     if not path.exists():
-        raise NotFoundError(f"no analysis in {folder} (no {FILE}); 'actcache analyze RUN STORE --out {folder}' makes one")
+        raise NotFoundError(
+            f"no analysis in {folder} (no {FILE}); 'actcache analyze RUN STORE --out {folder}' makes one"
+        )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = Summary(name=document["name"], facts=document["facts"], scores=document["scores"])
     except (ValueError, KeyError, TypeError) as error:
         raise DamageError(f"{path} cannot be read: {error}; run 'actcache analyze' again") from error
     if document.get("format") != FORMAT:
-        raise UsageError(f"{path} is of format {document.get('format')!r}; this actcache reads format {FORMAT}")
+        raise UsageError(
+            f"{path} is of format {document.get('format')!r}; this actcache reads format {FORMAT}"
+        )
     return found
 
 

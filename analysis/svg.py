@@ -17,7 +17,7 @@ INK, FAINT = "#010203", "#040506"
 BLUE, ORANGE, GREEN, PURPLE = "#3b82c4", "#d9822b", "#4c9a5b", "#9467bd"
 """Legible on white and on near-black."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "actcache",
     "font.family": "sans-serif",
@@ -83,7 +83,9 @@ def to_svg(figure: Any) -> str:
 
     buffer = io.StringIO()
     with rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -105,7 +107,7 @@ def ramp(colour: str = BLUE) -> Any:
     return made
 
 
-def average_columns(values: NDArray[np.floating], most: int = 600) -> NDArray[np.float64]:
+def average_columns(values: NDArray[Any], most: int = 600) -> NDArray[np.float64]:
     """Columns [rows, c] averaged in groups so that at most `most` are left: more would not be seen."""
     n = values.shape[1]
     if n <= most:

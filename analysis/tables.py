@@ -68,4 +68,21 @@ class Table:
 def table_of(name: str, title: str, note: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of rows that all have the same keys."""
     names = list(rows[0]) if rows else []
-    return Table(name=name, title=title, note=note, columns={key: [row[key] for row in rows] for key in names})
+    return Table(
+        name=name, title=title, note=note, columns={key: [row[key] for row in rows] for key in names}
+    )
+
+
+def said(value: Any) -> str:
+    """A cell's text."""
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value == 0 or 0.001 <= abs(value) < 1e5:
+            return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+        return f"{value:.2e}"
+    return str(value)

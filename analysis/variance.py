@@ -20,7 +20,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.entries import Entries, segments
+from analysis.entries import Entries, segments, sum_by
 
 Weighting = Literal["mass", "latent"]
 F64 = NDArray[np.float64]
@@ -67,7 +67,7 @@ class LayerVariance:
     n_active     [f] int64, tokens on which the latent is active on some layer.
     layer_mass   [l, f] sum over tokens of a.
     mass         [f] sum of a.
-    mean         [f] mean layer, weighted by a, from the tokens' own means.
+    mean         [f] mean layer, counted from the first one, weighted by a, from the tokens' own means.
     within       [f] sum over tokens and layers of a (l - m_tf)^2, m_tf the token's mean layer.
     between      [f] sum over tokens of a_tf (m_tf - mean)^2, a_tf the token's mass.
     pairs        [l + 1] int64, (token, latent) pairs by the number of layers they are active on; pairs[0] is 0.
@@ -75,6 +75,9 @@ class LayerVariance:
 
     def __init__(self, layers: tuple[int, ...], n_latents: int) -> None:
         self.layers = layers
+        self._numbers = (
+            np.array(layers, np.float64) - layers[0]
+        )  # from where they are counted changes nothing but rounding
         self.n_tokens = 0
         self.n_active = np.zeros(n_latents, np.int64)
         self.layer_mass = np.zeros((len(layers), n_latents))
@@ -89,13 +92,13 @@ class LayerVariance:
         n_latents = len(self.mass)
         a, latent = entries.activation, entries.latent
         shape = self.layer_mass.shape
-        self.layer_mass += np.bincount(
-            entries.layer_i * n_latents + latent, a, minlength=self.layer_mass.size
-        ).reshape(shape)
+        self.layer_mass += sum_by(entries.layer_i * n_latents + latent, a, self.layer_mass.size).reshape(
+            shape
+        )
         order = np.argsort(entries.token * n_latents + latent, kind="stable")
         keys = (entries.token * n_latents + latent)[order]
         starts = segments(keys)
-        a, number = a[order], np.array(self.layers, np.float64)[entries.layer_i[order]]
+        a, number = a[order], self._numbers[entries.layer_i[order]]
         mass_p = np.add.reduceat(a, starts)  # p: (token, latent) pairs
         mean_p = np.add.reduceat(a * number, starts) / mass_p
         sizes = np.diff(np.append(starts, len(a)))
@@ -103,11 +106,11 @@ class LayerVariance:
         deviation = number - np.repeat(mean_p, sizes)
         within_p = np.add.reduceat(a * deviation**2, starts)
         latent_p = keys[starts] % n_latents
-        mass = np.bincount(latent_p, mass_p, minlength=n_latents)
-        mean = np.bincount(latent_p, mass_p * mean_p, minlength=n_latents) / np.where(mass > 0, mass, 1)
-        between = np.bincount(latent_p, mass_p * (mean_p - mean[latent_p]) ** 2, minlength=n_latents)
+        mass = sum_by(latent_p, mass_p, n_latents)
+        mean = sum_by(latent_p, mass_p * mean_p, n_latents) / np.where(mass > 0, mass, 1)
+        between = sum_by(latent_p, mass_p * (mean_p - mean[latent_p]) ** 2, n_latents)
         self.n_active += np.bincount(latent_p, minlength=n_latents)
-        self.within += np.bincount(latent_p, within_p, minlength=n_latents)
+        self.within += sum_by(latent_p, within_p, n_latents)
         self._add_means(mass, mean, between)
 
     def _add_means(self, mass: F64, mean: F64, between: F64) -> None:
@@ -135,7 +138,7 @@ class LayerVariance:
         chosen = (self.n_active >= max(min_tokens, 1)) & (self.mass > 0)
         mass = self.mass[chosen]
         weight = mass / mass.sum() if weighting == "mass" else np.full(len(mass), 1 / max(len(mass), 1))
-        numbers = np.array(self.layers, np.float64)
+        numbers = self._numbers
         p = self.layer_mass[:, chosen] / self.layer_mass[:, chosen].sum(0)
         mean_of_p = numbers @ p
         var_of_p = ((numbers[:, None] - mean_of_p) ** 2 * p).sum(0)
@@ -160,7 +163,8 @@ class LayerVariance:
             between_f=between_f,
             rel_f=_ratio(var_l_f, var_l),
             rel_t=_ratio(var_l_tf, var_l_f),
-            identity=max(abs(var_l_f - var_l_tf - between_t), abs(var_l - var_l_f - between_f)) / (var_l or 1.0),
+            identity=max(abs(var_l_f - var_l_tf - between_t), abs(var_l - var_l_f - between_f))
+            / (var_l or 1.0),
         )
 
 

@@ -36,7 +36,11 @@ CONFIGS = {
 def make_decoder(name: str, monkeypatch) -> Decoder:
     family = name.split(",")[0]
     if family not in model_module.FAMILIES:
-        normed = {"mlp_add": "post_feedforward_layernorm", "attn": "post_attention_layernorm"} if family == "gemma2" else {"attn": "self_attn"}
+        normed = (
+            {"mlp_add": "post_feedforward_layernorm", "attn": "post_attention_layernorm"}
+            if family == "gemma2"
+            else {"attn": "self_attn"}
+        )
         monkeypatch.setitem(model_module.FAMILIES, family, model_module.Family(blocks="layers", mlp="mlp", **normed))  # fmt: skip
     causal_lm = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **CONFIGS[name]), attn_implementation="eager"
@@ -64,12 +68,16 @@ def by_hand(decoder, ids, edits):
     for (hook, layer), edit in edits.items():
         module, place = decoder.place(hook, layer)
         if place.side == "in":
+
             def before(_module, args, kwargs, edit=edit):
                 return ((edit(args[0]), *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])})  # fmt: skip
+
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         else:
+
             def after(_module, _args, output, edit=edit):
                 return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
             handles.append(module.register_forward_hook(after))
     with torch.inference_mode():
         logits = decoder.causal_lm(input_ids=ids, use_cache=False).logits

@@ -31,7 +31,11 @@ def test_every_kept_row_once_in_the_order_of_the_text(tmp_path, split, dtype):
 def test_what_passes_is_what_the_stream_hands_out(tmp_path):
     truth = write_store(tmp_path / "s.zarr", layers=(0, 3, 5), n_sequences=20)
     store = actcache.open(truth.root)
-    rules = {"outlier_norm_ratio": 1.3, "positions": slice(1, 7), "exclude_tokens": truth.tokens[3, :5].tolist()}
+    rules = {
+        "outlier_norm_ratio": 1.3,
+        "positions": slice(1, 7),
+        "exclude_tokens": truth.tokens[3, :5].tolist(),
+    }
     passing = {
         (layer, int(q), int(t))
         for shard in store.iter_shards("train", **rules)
@@ -41,7 +45,9 @@ def test_what_passes_is_what_the_stream_hands_out(tmp_path):
     streamed = set()
     with store.stream(batch_size=16, **rules) as stream:
         for batch in stream:
-            streamed |= set(zip(batch.layer.tolist(), batch.sequence.tolist(), batch.position.tolist(), strict=True))
+            streamed |= set(
+                zip(batch.layer.tolist(), batch.sequence.tolist(), batch.position.tolist(), strict=True)
+            )
     assert passing == streamed
     assert len(passing) < len(truth.kept(split="train"))
 
