@@ -60,11 +60,12 @@ class PatchedScores:
 
 
 class _Tokens(NamedTuple):
-    """Some sequences. input_ids [q, t]; mask [l, q, t] rows that pass; sequence [q]."""
+    """Some sequences. input_ids [q, t]; mask [l, q, t] rows that pass; sequence [q]; n_kept tokens among them."""
 
     input_ids: Tensor
     mask: Tensor
     sequence: Tensor
+    n_kept: int
 
 
 def check_model(decoder: Decoder, subject: Subject) -> None:
@@ -109,8 +110,8 @@ def evaluate_patched(
     n_states = len(CONDITIONS) * (len(subject.layers) + 1)
     at_once = min(_FORWARD_TOKENS, _HIDDEN_VALUES // (n_states * patcher.decoder.width))
     for tokens in _batches(subject, split, n_tokens, at_once):
-        add_batch(sums, subject, patcher, means, *tokens)
-        on_tokens(int(tokens.mask.any(0).sum()))
+        add_batch(sums, subject, patcher, means, tokens.input_ids, tokens.mask, tokens.sequence)
+        on_tokens(tokens.n_kept)
     return [
         PatchedScores(
             positions=way,
@@ -220,6 +221,7 @@ def _batches(subject: Subject, split: Split, n_tokens: int, at_once: int) -> Ite
         mask = torch.zeros(len(subject.layers), *shard.tokens.shape, dtype=torch.bool)
         mask[:, shard.sequence - first, shard.position] = torch.from_numpy(shard.passes)
         ids = torch.from_numpy(shard.tokens)
-        known = torch.unique(torch.from_numpy(shard.sequence - first))
-        for chosen in known.split(max(1, at_once // ids.shape[1])):
-            yield _Tokens(ids[chosen], mask[:, chosen], chosen + first)
+        known, n_kept = torch.unique(torch.from_numpy(shard.sequence - first), return_counts=True)
+        for part in torch.arange(len(known)).split(max(1, at_once // ids.shape[1])):
+            chosen = known[part]
+            yield _Tokens(ids[chosen], mask[:, chosen], chosen + first, int(n_kept[part].sum()))

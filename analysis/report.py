@@ -56,7 +56,7 @@ class _Drawn:
         self.svgs: dict[str, str] = {}
 
     def figure(self, name: str, drawing: Any, caption: str) -> str:
-        self.svgs[name] = to_svg(drawing)
+        self.svgs[name] = to_svg(drawing, name)
         return html.figure(self.svgs[name], caption, name.replace("_", " "))
 
 

@@ -77,8 +77,11 @@ def new_figure(width: float = 5.2, height: float = 2.4, columns: int = 1, **opti
     return figure, figure.subplots(1, columns, **options)
 
 
-def to_svg(figure: Any) -> str:
-    """The figure as an <svg> element without size, ids or metadata of its own: it fills the width it is given."""
+def to_svg(figure: Any, name: str) -> str:
+    """The figure as an <svg> element that fills the width it is given.
+
+    Ids that something in it refers to begin with `name`, so that several pictures share a page; others are gone.
+    """
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -93,8 +96,11 @@ def to_svg(figure: Any) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 role="img"', text)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px sans-serif", text)
-    for colour, name in ((INK, "currentColor"), (FAINT, "var(--rule, #888)")):
-        text = text.replace(colour, name)
+    for colour, said in ((INK, "currentColor"), (FAINT, "var(--rule, #888)")):
+        text = text.replace(colour, said)
+    used = set(re.findall(r"[(\"]#([^)\"]+)[)\"]", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r"([(\"])#([^)\"]+)([)\"])", rf"\1#{name}-\2\3", text)
     return re.sub(r"\n\s*", "\n", text)
 
 
@@ -102,9 +108,8 @@ def ramp(colour: str = BLUE) -> Any:
     """A colour map from transparent to `colour`: it reads on any background. NaN is transparent."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-    made = LinearSegmentedColormap.from_list("ramp", [(*to_rgb(colour), 0.0), (*to_rgb(colour), 1.0)])
-    made.set_bad((0, 0, 0, 0))
-    return made
+    colours = [(*to_rgb(colour), 0.0), (*to_rgb(colour), 1.0)]
+    return LinearSegmentedColormap.from_list("ramp", colours).with_extremes(bad=(0, 0, 0, 0))
 
 
 def average_columns(values: NDArray[Any], most: int = 600) -> NDArray[np.float64]:
