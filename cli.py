@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
-    from analysis.metrics import Evaluation
+    from analysis.layers import LatentLayers
     from trainer.config import TrainConfig
+    from trainer.heldout import HeldOut
     from trainer.ranks import Ranks
     from trainer.reports import RunSummary, StepReport
-    from trainer.trained import TrainedSAE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -1138,27 +1138,24 @@ def evaluate(
 ) -> None:
     """Reconstruction, sparsity and spread over layers of an SAE on held-out rows, filtered as its training rows were."""
     from analysis.present import losses_table, rich_table
-    from trainer.checkpoint import load_sae
+    from trainer.present import scores_table
 
     _choice("patch-positions", patch_positions, ("kept", "all", "both"))
-    sae = load_sae(run, device=_device(device))
-    if sae.form.name != "stacked" or sae.transforms.tensors:
-        _print_scores(sae, run, store, split, picture, _device(device), as_json=as_json)
-        return
-    evaluation = _evaluate(run, store, split, _device(device), quiet=as_json)
+    _choice("split", split, ("holdout", "train"))
+    scores, latents, norms = _evaluate(run, store, split, _device(device), quiet=as_json)
     patched = (
         _patched(run, store, split, model, model_tokens, patch_positions, _device(device), quiet=as_json)
         if loss
         else []
     )
     if picture is not None:
-        _draw(evaluation, run, picture)
+        _draw(scores, latents, run, picture)
     if as_json:
-        print(
-            json.dumps({**evaluation.as_json(), **({"loss": [p.as_json() for p in patched]} if loss else {})})
-        )
+        more: dict[str, Any] = {"loss": [p.as_json() for p in patched]} if loss else {}
+        n_latents = scores.mean.n_alive + scores.mean.n_dead
+        print(json.dumps({**scores.as_json(), "n_latents": n_latents, "relative_norms": norms, **more}))
         return
-    Console().print(_evaluation_table(evaluation))
+    Console().print(scores_table(scores, norms))
     if patched:
         Console().print(rich_table(losses_table(patched), LOSS_COLUMNS))
 
@@ -1344,93 +1341,62 @@ def analyze(
         console.print(f"look at {out / 'report.html'}", highlight=False)
 
 
-def _print_scores(
-    sae: "TrainedSAE", run: Path, store: str, split: str, picture: Path | None, device: str, *, as_json: bool
-) -> None:
-    """Of forms whose latents are not active at one layer: the scores, without the spread of latents over layers."""
-    from trainer import heldout
-    from trainer.present import scores_table
+def _evaluate(
+    run: Path, location: str, split: str, device: str, *, quiet: bool
+) -> "tuple[HeldOut, LatentLayers | None, dict[int, float] | None]":
+    """Scores on rows such as a run was trained on, and where latents are active.
 
-    if picture is not None:
-        raise UsageError(
-            f"--picture shows where latents are active; those of a {sae.form.name} have no layer"
-        )
-    with _rows_of(sae, run, store, split, device) as source, _progress("rows", quiet=as_json) as progress:
-        task = progress.add_task("evaluate", total=source.n_rows)
-        found = heldout.evaluate({"": sae}, source, on_rows=lambda n: progress.advance(task, n))[""]
-    norms = None
-    if sae.form.is_joint:
-        norms = dict(zip(sae.layers, sae.relative_norms().mean(0).tolist(), strict=True))
-    if as_json:
-        print(json.dumps({**found.as_json(), "n_latents": sae.sae.n_latents, "relative_norms": norms}))
-    else:
-        Console().print(scores_table(found, norms))
-
-
-def _rows_of(sae: "TrainedSAE", run: Path, location: str, split: str, device: str) -> "Stream":
-    """Rows such as a run was trained on."""
+    Where a row holds several layers latents are active at none of them; then the relative norms of its decoder per layer.
+    """
     import torch
 
-    selection = {**sae.provenance.get("selection", {}), "memory": None}
-    if "window_rows" not in selection:
-        raise UsageError(
-            f"{run} does not say which rows it was trained on; it was not made by 'actcache train'"
-        )
-    store = actcache.open(location)
-    if store.plan.request.model.digest != sae.provenance["model"]["digest"]:
-        raise UsageError(
-            f"{run} was trained on activations of {sae.provenance['model']['name']}, {location} holds those of "
-            f"{store.plan.request.model.name} (other weights)"
-        )
-    selection["layers"] = list(sae.layers)
-    return _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32)
-
-
-def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool) -> "Evaluation":
     from analysis.metrics import evaluate
+    from analysis.subject import check_run, find_runs
+    from trainer import heldout
     from trainer.checkpoint import load_sae
 
-    sae = load_sae(run, device=device)
+    store = actcache.open(location)
+    saes = {folder: load_sae(folder, device=device) for folder in find_runs(run)}
+    for folder, sae in saes.items():
+        check_run(folder, sae, store)
+    first = next(iter(saes.values()))
+    layers = sorted({layer for sae in saes.values() for layer in sae.layers})
+    selection = {**first.provenance["selection"], "memory": None, "layers": layers}
     with (
-        _rows_of(sae, run, location, split, device) as source,
+        _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32) as source,
         _progress("rows", quiet=quiet) as progress,
     ):
         task = progress.add_task("evaluate", total=source.n_rows)
-        return evaluate(sae, source, lambda n: progress.advance(task, n))
+
+        def advance(n: int) -> None:
+            progress.advance(task, n)
+
+        if first.form.is_joint:
+            norms = dict(zip(first.layers, first.relative_norms().mean(0).tolist(), strict=True))
+            return heldout.evaluate({"": first}, source, on_rows=advance)[""], None, norms
+        found = evaluate(list(saes.values()), source, advance)
+        return found.scores, found.latents, None
 
 
-def _draw(evaluation: "Evaluation", run: Path, path: Path) -> None:
+def _draw(scores: "HeldOut", latents: "LatentLayers | None", run: Path, path: Path) -> None:
     from analysis.figures import save_overview
+    from analysis.metrics import Evaluation
+    from analysis.subject import find_runs
     from trainer.checkpoint import load_sae
 
-    sae = load_sae(run)
+    if latents is None:
+        raise UsageError(
+            "--picture shows where latents are active; those of rows that hold several layers are at none"
+        )
+    sae = load_sae(find_runs(run)[0])
     name = sae.provenance.get("model", {}).get("name", "")
     save_overview(
-        evaluation,
-        f"{name}: one top-k SAE on {len(sae.layers)} layers, {sae.sae.n_latents:,} latents, k = {sae.sae.k}; "
-        f"{evaluation.mean.n_rows:,} held-out rows",
+        Evaluation(scores=scores, latents=latents),
+        f"{name}: {len(scores.layers)} layers, {len(latents.mean):,} latents, k = {sae.sae.k}; "
+        f"{scores.mean.n_rows:,} held-out rows",
         path,
     )
     console.print(f"drew {path}", highlight=False)
-
-
-def _evaluation_table(evaluation: "Evaluation") -> Table:
-    table = Table(title="held-out rows", title_justify="left", show_edge=False)
-    for name in ("layer", "rows", "FVU", "FVU at k=0", "FVU scalar", "scalar at k=0", "L0", "L1", "alive"):
-        table.add_column(name, justify="right")
-    for layer, s in [*evaluation.layers.items(), ("mean", evaluation.mean)]:
-        table.add_row(
-            str(layer),
-            f"{s.n_rows:,}",
-            f"{s.fvu:.4f}",
-            f"{s.fvu_k0:.4f}",
-            f"{s.fvu_scalar:.4f}",
-            f"{s.fvu_scalar_k0:.4f}",
-            f"{s.l0:.1f}",
-            f"{s.l1:.1f}",
-            f"{s.n_alive:,}",
-        )
-    return table
 
 
 # demo
@@ -1448,6 +1414,7 @@ def demo(
     from actcache.producer import samples
     from actcache.producer.corpus import open_corpus
     from actcache.producer.plan import Settings
+    from trainer.present import scores_table
 
     started = time.perf_counter()
     _quiet_transformers()
@@ -1485,10 +1452,10 @@ def demo(
     }
     _train(str(settings.out), out / "run", config, selection, "cpu", resume=True, quiet=False)
     console.print("4/4 evaluate it on held-out documents", style="bold")
-    evaluation = _evaluate(out / "run", str(settings.out), "holdout", "cpu", quiet=False)
-    _draw(evaluation, out / "run", out / "result.png")
-    (out / "result.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
-    Console().print(_evaluation_table(evaluation))
+    scores, latents, _norms = _evaluate(out / "run", str(settings.out), "holdout", "cpu", quiet=False)
+    _draw(scores, latents, out / "run", out / "result.png")
+    (out / "result.json").write_text(json.dumps(scores.as_json(), indent=2) + "\n")
+    Console().print(scores_table(scores))
     console.print(
         f"done in {time.perf_counter() - started:.0f} s; look at {out / 'result.png'}", highlight=False
     )

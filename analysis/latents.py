@@ -224,11 +224,13 @@ def encode_shard(
     """The latents of one shard. Every kept row is encoded, whether it passes the run's filter or not."""
     values, latents = [], []
     for layer in rows.layers:
-        x = rows.rows(layer)
+        x, first = rows.rows(layer, subject.hook), subject.first_latent(layer)
         parts = []
         for part in x.split(ENCODE_ROWS):
             code = subject.encode(part.to(torch.float32), layer)
-            parts.append((code.values.float().cpu().numpy(), code.indices.cpu().numpy().astype(np.uint32)))
+            parts.append(
+                (code.values.float().cpu().numpy(), (code.indices.cpu().numpy() + first).astype(np.uint32))
+            )
             on_rows(len(part))
         values.append(_stack([value for value, _ in parts]))
         latents.append(_stack([latent for _, latent in parts]))
@@ -267,6 +269,7 @@ def _request(subject: Subject, split: Split, n_tokens: int | None) -> dict[str, 
         "plan": plan.digest,
         "model": plan.request.model.name,
         "hook": subject.hook,
+        "target_hook": subject.target_hook,
         "layers": list(subject.layers),
         "n_latents": subject.n_latents,
         "split": split,

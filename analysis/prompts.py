@@ -62,7 +62,7 @@ def prompt_latents(subject: Subject, model: Model, text: str) -> PromptLatents:
     parts = []
     for i, layer in enumerate(subject.layers):
         code = subject.encode(acts[subject.hook, layer][0].to(torch.float32), layer)
-        values, latents = code.values.cpu().numpy(), code.indices.cpu().numpy()
+        values, latents = code.values.cpu().numpy(), code.indices.cpu().numpy() + subject.first_latent(layer)
         counts.update(layer, values[is_kept], latents[is_kept])
         token, slot = np.nonzero(values > ACTIVE_ABOVE)
         parts.append(

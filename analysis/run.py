@@ -154,10 +154,13 @@ def analyse(
         on_rows=said.on_advance,
     )
     said.on_stage("means of layers", n_rows, "rows")
-    means = LayerMeans(subject.layers, subject.directions.shape[1])
+    means = LayerMeans(subject.layers, subject.out_width)
     for shard in subject.shards(request.split, request.n_tokens):
         for i, layer in enumerate(subject.layers):
-            means.update(layer, shard.rows(layer, dtype=torch.float32)[torch.from_numpy(shard.passes[i])])
+            means.update(
+                layer,
+                shard.rows(layer, subject.target_hook, torch.float32)[torch.from_numpy(shard.passes[i])],
+            )
             said.on_advance(len(shard))
     said.on_stage("rows and latents", n_rows, "rows")
     rows = _read_rows(subject, request, latents, means, said)
@@ -217,7 +220,7 @@ def _read_rows(
     """One pass over rows and latents together."""
     layers, n_latents = subject.layers, subject.n_latents
     found = _Rows(
-        Reconstruction(layers, subject.directions.shape[1], n_latents),
+        Reconstruction(layers, subject.out_width, n_latents, str(subject.directions.device)),
         NeighbourCosines(means),
         LayerVariance(layers, n_latents),
         TopExamples(len(layers), n_latents, request.n_examples),
@@ -227,10 +230,16 @@ def _read_rows(
     for codes, shard in zip(latents, subject.shards(request.split, request.n_tokens), strict=True):
         before: torch.Tensor | None = None
         for i, layer in enumerate(layers):
-            x, passes = shard.rows(layer, dtype=torch.float32), torch.from_numpy(codes.passes[:, i])
+            into = shard.rows(layer, subject.hook, torch.float32)
+            x = (
+                into
+                if subject.hook == subject.target_hook
+                else shard.rows(layer, subject.target_hook, torch.float32)
+            )
+            passes = torch.from_numpy(codes.passes[:, i])
             values, chosen = (torch.from_numpy(column) for column in codes.padded(i))
             for at in torch.arange(len(x))[passes].split(ENCODE_ROWS):
-                xhat, nothing = subject.reconstruct(x[at], layer, values[at], chosen[at])
+                xhat, nothing = subject.reconstruct(into[at], layer, values[at], chosen[at])
                 found.reconstruction.update(layer, x[at], xhat, nothing, values[at], chosen[at])
             if before is not None:
                 both = passes & torch.from_numpy(codes.passes[:, i - 1])

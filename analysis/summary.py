@@ -76,11 +76,11 @@ def summarise(found: Findings) -> Summary:
         name=subject.name,
         facts={
             "model": model.name,
-            "width": subject.directions.shape[1],
+            "width": subject.out_width,
             "layers": list(subject.layers),
             "hook": subject.hook,
             "n_latents": subject.n_latents,
-            "expansion": subject.n_latents / subject.directions.shape[1],
+            "expansion": subject.n_latents / subject.out_width,
             "k": subject.k,
             "split": found.request.split,
             "n_tokens": found.n_tokens,

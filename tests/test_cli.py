@@ -135,7 +135,7 @@ def test_train_then_eval(store, call, tmp_path):
     assert set(scores["layers"]) == {"0", "2", "3"}
     assert 0 < scores["mean"]["fvu"] < scores["mean"]["fvu_k0"]
     assert picture.exists()
-    assert "FVU at k=0" in call("eval", tmp_path / "run", store, "--device", "cpu").out
+    assert "k=0" in call("eval", tmp_path / "run", store, "--device", "cpu").out
 
 
 def test_a_terminated_run_resumes_to_the_same_bits(store, tmp_path):

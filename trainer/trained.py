@@ -6,6 +6,7 @@ Axes: b rows, s slices of a row (the layers side by side in it; mostly one), d w
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -99,6 +100,13 @@ class TrainedSAE:
         return self._encode(self._view(rows, layer))
 
     @torch.no_grad()
+    def with_latents(
+        self, rows: Tensor, values: Tensor, indices: Tensor, layer: Tensor | None = None
+    ) -> Code:
+        """The code of rows whose active latents are known already, values [b, k] and indices [b, k]; else as `encode`."""
+        return self._frame(self._view(rows, layer), lambda z: (values.to(z.device), indices.to(z.device)))
+
+    @torch.no_grad()
     def decode(self, code: Code) -> Tensor:
         """Raw rows xhat float32, [b, d] or [b, s, d]. Change `code.values` first (`code._replace`) to ablate or steer."""
         zhat = self.sae.decode(code.values, code.indices)
@@ -130,12 +138,20 @@ class TrainedSAE:
 
     @torch.no_grad()
     def _encode(self, rows: Rows) -> Code:
+        def select(z: Tensor) -> tuple[Tensor, Tensor]:
+            found = self.sae.encode(z)
+            return found.values, found.indices
+
+        return self._frame(rows, select)
+
+    def _frame(self, rows: Rows, select: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Code:
+        """The values and indices that `select` gives for standardised rows z, with what makes raw rows of them."""
         z, mean, scale = self.transforms.feed(rows.inputs, rows.layer_i)
-        found = self.sae.encode(z)
+        values, indices = select(z)
         skip = self.sae.skipped(z) if self.sae.w_skip is not None else None
         if self.n_slices == 1:
             mean, scale = mean.squeeze(1), scale.squeeze(1)
-        return Code(found.values, found.indices, mean, scale, skip)
+        return Code(values, indices, mean, scale, skip)
 
     def _view(self, rows: Tensor, layer: Tensor | None) -> Rows:
         device = self.sae.w_enc.device

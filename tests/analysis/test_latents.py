@@ -1,5 +1,6 @@
 """A store of latents: what is in it, going on after a stop, and what is wrong with a damaged one."""
 
+import dataclasses
 import json
 import shutil
 
@@ -103,14 +104,12 @@ def test_n_tokens_ends_with_a_sequence(subject, tmp_path):
 
 def test_no_rows_that_do_not_pass_is_not_no_rows(subject, tmp_path):
     """A filter that leaves nothing: everything is written, nothing passes."""
-    sae = subject.sae
     provenance = {
-        **sae.provenance,
-        "selection": {**sae.provenance["selection"], "exclude_tokens": list(range(300))},
+        **subject.sae.provenance,
+        "selection": {**subject.selection, "exclude_tokens": list(range(300))},
     }
-    strict = type(subject)(
-        name="strict", digest="0", sae=type(sae)(**{f: getattr(sae, f) for f in sae.__dataclass_fields__} | {"provenance": provenance}), store=subject.store
-    )  # fmt: skip
+    sae = dataclasses.replace(subject.sae, provenance=provenance)
+    strict = dataclasses.replace(subject, saes=dict.fromkeys(subject.layers, sae))
     found = encode_store(strict, tmp_path / "latents")
     (codes,) = found
     assert len(codes) > 0

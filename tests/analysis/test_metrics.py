@@ -88,14 +88,33 @@ def test_the_two_conventions_differ_where_dimensions_have_different_means(rows, 
 
 def test_rows_of_another_width_are_refused(sae):
     with pytest.raises(UsageError, match="8 wide and the SAE 12"):
-        evaluate(sae, ListSource(torch.randn(4, 8), torch.ones(4, dtype=torch.int64), batch_rows=2))
+        evaluate(sae, ListSource(torch.randn(6, 8), torch.tensor(LAYERS).repeat(2), batch_rows=2))
 
 
-def test_rows_that_are_all_alike_have_no_fvu(sae):
+def test_rows_that_are_all_alike_are_refused(sae):
     x = torch.randn(1, 12).repeat(10, 1)
-    scores = evaluate(sae, ListSource(x, torch.ones(10, dtype=torch.int64), batch_rows=4)).layers[1]
-    assert np.isnan(scores.fvu)
-    assert scores.mse > 0
+    with pytest.raises(UsageError, match="alike"):
+        evaluate(sae, ListSource(x, torch.tensor(LAYERS).repeat(4)[:10], batch_rows=4))
+
+
+def test_saes_of_one_layer_each_are_one_dictionary_after_the_other(rows, tmp_path):
+    x, layer = rows
+    saes = []
+    for number in LAYERS:
+        at = layer == number
+        config = TrainConfig(n_latents=10, k=3, auxk=0, batch_rows=64, epochs=1, seed=number)
+        train(ListSource(x[at], layer[at], batch_rows=64), config, tmp_path / str(number))
+        saes.append(load_sae(tmp_path / str(number)))
+    found = evaluate(saes, ListSource(x, layer, batch_rows=100))
+    for i, (number, sae) in enumerate(zip(LAYERS, saes, strict=True)):
+        at = layer == number
+        alone = evaluate(sae, ListSource(x[at], layer[at], batch_rows=50))
+        np.testing.assert_allclose(list(found.layers[number]), list(alone.layers[number]), rtol=1e-6)
+        expected = np.zeros(30, np.int64)
+        expected[10 * i : 10 * i + 10] = alone.latents.counts[0]
+        assert np.array_equal(found.latents.counts[i], expected)
+    assert found.mean.n_alive == (found.latents.counts > 0).any(0).sum()
+    assert found.mean.fvu == pytest.approx(np.mean([found.layers[n].fvu for n in LAYERS]))
 
 
 @given(st.data())
