@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
-    from analysis.layers import LatentLayers
+    from analysis.evaluation import EvalReport
+    from analysis.run import Reporter
     from trainer.config import TrainConfig
-    from trainer.heldout import HeldOut
     from trainer.ranks import Ranks
     from trainer.reports import RunSummary, StepReport
 
@@ -815,6 +815,12 @@ def train(
         typer.Option(help="Drop rows whose norm exceeds this many times their layer's median; 0 keeps all."),
     ] = 10.0,
     window_rows: Annotated[int, typer.Option(help="Rows shuffled together in memory.")] = 131_072,
+    lens: Annotated[
+        Path | None,
+        typer.Option(
+            help="See every row through this lens (actcache lens train): the SAE is trained in its space, and gives raw rows back."
+        ),
+    ] = None,
     partitions: Annotated[
         int, typer.Option(help="What processes share out; their number must divide it. Part of the order.")
     ] = 8,
@@ -890,6 +896,7 @@ def train(
         sweeps=sweep or [],
         per_layer=per_layer,
         init_from=init_from,
+        lens=lens,
         boards=boards + ([trackers.wandb(wandb)] if wandb else []),
         resume=resume,
         quiet=as_json,
@@ -939,6 +946,7 @@ def _train(
     sweeps: list[str] | None = None,
     per_layer: bool = False,
     init_from: Path | None = None,
+    lens: Path | None = None,
     boards: Any = (),
     resume: bool,
     quiet: bool,
@@ -947,6 +955,7 @@ def _train(
 
     from trainer.checkpoint import load_sae
     from trainer.forms import FORMS
+    from trainer.lens import load_lens
     from trainer.loop import train_many
     from trainer.ranks import leave
     from trainer.sweep import make_configs
@@ -994,6 +1003,7 @@ def _train(
             provenance=_provenance(store, location, selection, source),
             held_out=held_out,
             init=None if init_from is None else load_sae(init_from, device=device),
+            lens=None if lens is None else load_lens(lens),
             trackers=boards,
             ranks=ranks,
             on_step=_step_watcher(progress, progress.add_task("train", total=n_total)),
@@ -1127,6 +1137,12 @@ def evaluate(
             "--loss", help="Also run the model with reconstructions in its place: loss, KL, logits."
         ),
     ] = False,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="Of a --per-layer run: the SAE of each layer on the rows of every layer."
+        ),
+    ] = False,
     model: ModelName = None,
     model_tokens: ModelTokens = 1000,
     patch_positions: PatchPositions = "kept",
@@ -1136,69 +1152,50 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Reconstruction, sparsity and spread over layers of an SAE on held-out rows, filtered as its training rows were."""
-    from analysis.present import losses_table, rich_table
-    from trainer.present import scores_table
+    """Reconstruction and sparsity of a run on held-out rows, filtered as its training rows were; with --loss, what the model loses."""
+    from analysis.evaluation import Wanted, evaluate_run
+    from analysis.present import evaluation_renderables
 
     _choice("patch-positions", patch_positions, ("kept", "all", "both"))
     _choice("split", split, ("holdout", "train"))
-    scores, latents, norms = _evaluate(run, store, split, _device(device), quiet=as_json)
-    patched = (
-        _patched(run, store, split, model, model_tokens, patch_positions, _device(device), quiet=as_json)
-        if loss
-        else []
+    opened = actcache.open(store)
+    wanted = Wanted(
+        split=split,  # type: ignore[arg-type]
+        loss=loss,
+        matrix=matrix,
+        model_tokens=model_tokens,
+        positions=_positions(patch_positions),
     )
+    chosen = _device(device)
+    with _stages(quiet=as_json) as reporter:
+        found = evaluate_run(
+            run, opened, wanted, lambda: _load_model_of(opened, model, chosen), chosen, reporter
+        )
     if picture is not None:
-        _draw(scores, latents, run, picture)
+        _draw(found, run, picture)
     if as_json:
-        more: dict[str, Any] = {"loss": [p.as_json() for p in patched]} if loss else {}
-        n_latents = scores.mean.n_alive + scores.mean.n_dead
-        print(json.dumps({**scores.as_json(), "n_latents": n_latents, "relative_norms": norms, **more}))
+        print(json.dumps(found.as_json()))
         return
-    Console().print(scores_table(scores, norms))
-    if patched:
-        Console().print(rich_table(losses_table(patched), LOSS_COLUMNS))
+    for table in evaluation_renderables(found):
+        Console().print(table)
 
 
-LOSS_COLUMNS = (
-    "positions", "layer", "n_tokens", "loss", "change", "change_se", "zero_change", "mean_change", "recovered_zero", "recovered_zero_se",
-    "recovered_mean", "recovered_mean_se", "kl", "kl_se", "logit_mse",
-)  # fmt: skip
-"""What a terminal has room for."""
+@contextlib.contextmanager
+def _stages(*, quiet: bool) -> "Iterator[Reporter]":
+    """A bar for every stage that is reported."""
+    from analysis.run import Reporter
+
+    with _progress("", quiet=quiet) as progress:
+        tasks: list[Any] = []
+
+        def stage(name: str, total: int | None, unit: str) -> None:
+            tasks.append(progress.add_task(name, total=total, unit=unit))
+
+        yield Reporter(on_stage=stage, on_advance=lambda n: progress.advance(tasks[-1], n))
 
 
 def _positions(text: str) -> Any:
     return ("kept", "all") if text == "both" else (text,)
-
-
-def _patched(
-    run: Path,
-    location: str,
-    split: str,
-    model: str | None,
-    n_tokens: int,
-    positions: str,
-    device: str,
-    *,
-    quiet: bool,
-) -> Any:
-    from actcache.patching import Patcher
-    from analysis.patched import evaluate_patched
-    from analysis.subject import load_subject
-
-    store = actcache.open(location)
-    subject = load_subject(run, store, device)
-    found = _load_model_of(store, model, device)
-    with _progress("tok", quiet=quiet) as progress:
-        task = progress.add_task("model with patches", total=n_tokens)
-        return evaluate_patched(
-            subject,
-            Patcher(found.decoder),
-            n_tokens=n_tokens,
-            split=split,  # type: ignore[arg-type]
-            positions=_positions(positions),
-            on_tokens=lambda n: progress.advance(task, n),
-        )
 
 
 def _load_model_of(store: Any, given: str | None, device: str) -> Any:
@@ -1303,7 +1300,7 @@ def analyze(
 ) -> None:
     """Every table and figure of the multi-layer SAE paper about one run, in one page: OUT/report.html."""
     from analysis.output import analyse_and_write
-    from analysis.run import PAPER_PROMPT, Reporter, Request
+    from analysis.run import PAPER_PROMPT, Request
 
     _choice("split", split, ("holdout", "train"))
     _choice("patch-positions", patch_positions, ("kept", "all", "both"))
@@ -1318,12 +1315,7 @@ def analyze(
         positions=_positions(patch_positions),
         prompts=tuple(prompt or (PAPER_PROMPT,)),
     )
-    with _progress("", quiet=as_json) as progress:
-        stages: list[Any] = []
-
-        def stage(name: str, total: int | None, unit: str) -> None:
-            stages.append(progress.add_task(name, total=total, unit=unit))
-
+    with _stages(quiet=as_json) as reporter:
         summary = analyse_and_write(
             run,
             opened,
@@ -1333,7 +1325,7 @@ def analyze(
             latents=latents,
             compare=compare or [],
             device=_device(device),
-            reporter=Reporter(on_stage=stage, on_advance=lambda n: progress.advance(stages[-1], n)),
+            reporter=reporter,
         )
     if as_json:
         print(json.dumps(summary.as_json()))
@@ -1341,61 +1333,16 @@ def analyze(
         console.print(f"look at {out / 'report.html'}", highlight=False)
 
 
-def _evaluate(
-    run: Path, location: str, split: str, device: str, *, quiet: bool
-) -> "tuple[HeldOut, LatentLayers | None, dict[int, float] | None]":
-    """Scores on rows such as a run was trained on, and where latents are active.
-
-    Where a row holds several layers latents are active at none of them; then the relative norms of its decoder per layer.
-    """
-    import torch
-
-    from analysis.metrics import evaluate
-    from analysis.subject import check_run, find_runs
-    from trainer import heldout
-    from trainer.checkpoint import load_sae
-
-    store = actcache.open(location)
-    saes = {folder: load_sae(folder, device=device) for folder in find_runs(run)}
-    for folder, sae in saes.items():
-        check_run(folder, sae, store)
-    first = next(iter(saes.values()))
-    layers = sorted({layer for sae in saes.values() for layer in sae.layers})
-    selection = {**first.provenance["selection"], "memory": None, "layers": layers}
-    with (
-        _stream(store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32) as source,
-        _progress("rows", quiet=quiet) as progress,
-    ):
-        task = progress.add_task("evaluate", total=source.n_rows)
-
-        def advance(n: int) -> None:
-            progress.advance(task, n)
-
-        if first.form.is_joint:
-            norms = dict(zip(first.layers, first.relative_norms().mean(0).tolist(), strict=True))
-            return heldout.evaluate({"": first}, source, on_rows=advance)[""], None, norms
-        found = evaluate(list(saes.values()), source, advance)
-        return found.scores, found.latents, None
-
-
-def _draw(scores: "HeldOut", latents: "LatentLayers | None", run: Path, path: Path) -> None:
+def _draw(found: "EvalReport", run: Path, path: Path) -> None:
     from analysis.figures import save_overview
-    from analysis.metrics import Evaluation
-    from analysis.subject import find_runs
-    from trainer.checkpoint import load_sae
 
-    if latents is None:
+    if found.latents is None:
         raise UsageError(
             "--picture shows where latents are active; those of rows that hold several layers are at none"
         )
-    sae = load_sae(find_runs(run)[0])
-    name = sae.provenance.get("model", {}).get("name", "")
-    save_overview(
-        Evaluation(scores=scores, latents=latents),
-        f"{name}: {len(scores.layers)} layers, {len(latents.mean):,} latents, k = {sae.sae.k}; "
-        f"{scores.mean.n_rows:,} held-out rows",
-        path,
-    )
+    mean = found.scores.mean
+    title = f"{run.resolve().name}: {len(found.scores.layers)} layers, {len(found.latents.mean):,} latents; {mean.n_rows:,} held-out rows"
+    save_overview(found.scores, found.latents, title, path)
     console.print(f"drew {path}", highlight=False)
 
 
@@ -1414,7 +1361,8 @@ def demo(
     from actcache.producer import samples
     from actcache.producer.corpus import open_corpus
     from actcache.producer.plan import Settings
-    from trainer.present import scores_table
+    from analysis.evaluation import Wanted, evaluate_run
+    from analysis.present import evaluation_renderables
 
     started = time.perf_counter()
     _quiet_transformers()
@@ -1452,10 +1400,12 @@ def demo(
     }
     _train(str(settings.out), out / "run", config, selection, "cpu", resume=True, quiet=False)
     console.print("4/4 evaluate it on held-out documents", style="bold")
-    scores, latents, _norms = _evaluate(out / "run", str(settings.out), "holdout", "cpu", quiet=False)
-    _draw(scores, latents, out / "run", out / "result.png")
-    (out / "result.json").write_text(json.dumps(scores.as_json(), indent=2) + "\n")
-    Console().print(scores_table(scores))
+    with _stages(quiet=False) as reporter:
+        found = evaluate_run(out / "run", actcache.open(settings.out), Wanted(), reporter=reporter)
+    _draw(found, out / "run", out / "result.png")
+    (out / "result.json").write_text(json.dumps(found.as_json(), indent=2) + "\n")
+    for table in evaluation_renderables(found):
+        Console().print(table)
     console.print(
         f"done in {time.perf_counter() - started:.0f} s; look at {out / 'result.png'}", highlight=False
     )

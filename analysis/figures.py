@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.cross import Matrix
 from analysis.dictionary import CosineByDistance
 from analysis.layers import LatentLayers
 from analysis.metrics import Evaluation
@@ -16,6 +17,7 @@ from analysis.similarity import StreamSimilarity
 from analysis.svg import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, average_columns, drawing, new_figure, ramp
 from analysis.trace import TracePoint
 from analysis.variance import VarianceShares
+from trainer.heldout import HeldOut
 
 
 def _layer_axis(axis: Any, layers: Sequence[object], label: str = "layer") -> range:
@@ -306,6 +308,23 @@ def prompt_heatmap(prompt: PromptLatents) -> Any:
 
 
 @drawing
+def matrix(found: Matrix) -> Any:
+    """FVU of the SAE of each layer on the rows of every layer; values above 1 are shown as 1."""
+    figure, axes = new_figure(width=3.6, height=2.8)
+    layers = list(found)
+    values = np.array([[found[i][j].fvu for j in layers] for i in layers])
+    image = axes.imshow(np.minimum(values, 1), cmap=ramp(ORANGE), vmin=0, vmax=1, interpolation="none")
+    _layer_axis(axes.xaxis, layers, "rows of layer")
+    _layer_axis(axes.yaxis, layers, "SAE of layer")
+    if len(layers) <= 12:
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6)
+    figure.colorbar(image, ax=axes, label="FVU").outline.set_visible(False)
+    return figure
+
+
+@drawing
 def sweep(x: list[float], series: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Any:
     """One number of several runs against what differs between them."""
     figure, axes = new_figure(width=2.6, height=2.0)
@@ -322,17 +341,17 @@ def sweep(x: list[float], series: Mapping[str, Sequence[float]], x_label: str, y
     return figure
 
 
-def save_overview(evaluation: Evaluation, title: str, path: Path) -> None:
+def save_overview(scores: HeldOut, latents: LatentLayers, title: str, path: Path) -> None:
     """FVU per layer beside its k = 0 baseline, and how the activation of each latent spreads over layers, as a file.
 
     Raises:
         UsageError: matplotlib is not installed.
     """
     figure, (bars, heat) = drawing(new_figure)(11, 4.2, columns=2, width_ratios=(1, 1.45))
-    layers = list(evaluation.layers)
+    layers = list(scores.layers)
     places = range(len(layers))
-    fvu = [evaluation.layers[layer].fvu for layer in layers]
-    baseline = [evaluation.layers[layer].fvu_k0 for layer in layers]
+    fvu = [scores.layers[layer].fvu for layer in layers]
+    baseline = [scores.layers[layer].fvu_k0 for layer in layers]
     bars.bar(places, fvu, color="#3b6fb6", label="SAE")
     bars.plot(places, baseline, "o", color="#c44e52", label="k = 0: row mean, scale and bias only")
     for place, value in zip(places, fvu, strict=True):
@@ -342,9 +361,9 @@ def save_overview(evaluation: Evaluation, title: str, path: Path) -> None:
     bars.set_ylabel("fraction of variance unexplained, held out")
     bars.set_ylim(0, max(1.05, 1.05 * max(baseline)))
     bars.legend(loc="upper left", bbox_to_anchor=(0, 0.97))
-    order = evaluation.latents.by_mean_layer()
+    order = latents.by_mean_layer()
     image = heat.imshow(
-        evaluation.latents.p[:, order],
+        latents.p[:, order],
         aspect="auto",
         cmap="magma_r",
         vmin=0,
@@ -354,7 +373,7 @@ def save_overview(evaluation: Evaluation, title: str, path: Path) -> None:
     )
     heat.set_yticks(list(places), [str(layer) for layer in layers])
     heat.set_ylabel("layer")
-    heat.set_xlabel(f"{len(order):,} alive latents of {len(evaluation.latents.mean):,}, by mean layer")
+    heat.set_xlabel(f"{len(order):,} alive latents of {len(latents.mean):,}, by mean layer")
     figure.colorbar(image, ax=heat, label="share of the latent's activation")
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

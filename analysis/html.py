@@ -1,6 +1,7 @@
 """A page of text, tables and pictures in one file: light and dark, phone and print, nothing from elsewhere."""
 
 import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +69,12 @@ def page(title: str, body: str) -> str:
 def section(name: str, title: str, *parts: str) -> str:
     """A part of the page that the navigation leads to."""
     return f'<section id="{name}">\n<h2>{escape(title)}</h2>\n' + "\n".join(parts) + "\n</section>"
+
+
+def navigation(body: str) -> str:
+    """Links to the sections of a page."""
+    found = re.findall(r'<section id="([a-z]+)">\n<h2>(.*?)</h2>', body)
+    return "<nav>" + "".join(f'<a href="#{name}">{title}</a>' for name, title in found) + "</nav>"
 
 
 def figure(svg: str, caption: str, label: str) -> str:

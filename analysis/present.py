@@ -1,16 +1,20 @@
 """Findings as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.table import Table as RichTable
 
+from analysis.cross import Matrix
+from analysis.evaluation import EvalReport
 from analysis.layers import spread
 from analysis.loss import Estimate, LossScores
 from analysis.patched import PatchedScores
-from analysis.run import Findings
+from analysis.run import Findings, InLens
+from analysis.similarity import StreamSimilarity
 from analysis.tables import Table, said, table_of
+from trainer.present import scores_table
 
 
 def findings_tables(found: Findings) -> list[Table]:
@@ -23,15 +27,70 @@ def findings_tables(found: Findings) -> list[Table]:
         variance_table(found),
         pairs_table(found),
         stream_table(found),
-        cosines_table(found),
+        cosines_table(found.stream),
         mmcs_table(found),
         distance_table(found),
     ]
+    if found.matrix is not None:
+        tables.append(matrix_table(found.matrix))
+    if found.in_lens is not None:
+        tables += [lens_table(found.in_lens), cosines_table(found.in_lens.stream, "neighbour_cosines_lens")]
     if found.model is not None:
         tables.append(losses_table(found.model.patched))
         tables.append(nearest_table(found))
         tables.append(prompts_table(found))
     return tables
+
+
+LOSS_COLUMNS = (
+    "positions", "layer", "n_tokens", "loss", "change", "change_se", "zero_change", "mean_change", "recovered_zero", "recovered_zero_se",
+    "recovered_mean", "recovered_mean_se", "kl", "kl_se", "logit_mse",
+)  # fmt: skip
+"""What a terminal has room for."""
+
+
+def evaluation_renderables(found: EvalReport) -> list[RichTable]:
+    """What `actcache eval` shows."""
+    shown = [scores_table(found.scores, found.norms)]
+    if found.in_lens is not None:
+        table = scores_table(found.in_lens)
+        table.title = "the same in the space of the lens"
+        shown.append(table)
+        conditions = found.conditions or {}
+        rows = [{"layer": layer, "condition number": value} for layer, value in conditions.items()]
+        shown.append(rich_table(table_of("lens", "the lens", "", rows)))
+    if found.losses:
+        shown.append(rich_table(losses_table(found.losses), LOSS_COLUMNS))
+    if found.matrix is not None:
+        shown.append(rich_table(matrix_table(found.matrix, found.matrix_losses)))
+    return shown
+
+
+def matrix_table(matrix: Matrix, losses: Mapping[int, Mapping[int, LossScores]] | None = None) -> Table:
+    """Every pair of a layer trained on and a layer looked at."""
+    rows = [
+        {
+            "trained_on": i,
+            "looked_at": j,
+            "fvu": scores.fvu,
+            "fvu_scalar": scores.fvu_scalar,
+            "fvu_k0": scores.fvu_k0,
+            "l0": scores.l0,
+            **(
+                {}
+                if losses is None
+                else {"loss_change": losses[i][j].change.value, "loss_change_se": losses[i][j].change.se}
+            ),
+        }
+        for i, of_layer in matrix.items()
+        for j, scores in of_layer.items()
+    ]
+    return table_of(
+        "matrix",
+        "The SAE of each layer on the rows of every layer",
+        "fvu of the SAE trained on layer trained_on, on rows of layer looked_at, about that layer's own mean.",
+        rows,
+    )
 
 
 def rich_table(table: Table, columns: Sequence[str] | None = None) -> RichTable:
@@ -202,13 +261,29 @@ def stream_table(found: Findings) -> Table:
     )
 
 
-def cosines_table(found: Findings) -> Table:
+def lens_table(found: InLens) -> Table:
+    """Scores per layer in the space of the lens, with the condition of its matrices."""
+    rows = [
+        {"layer": str(layer), "condition": found.condition.get(layer), **scores._asdict()}
+        for layer, scores in found.scores.layers.items()
+    ]
+    mean = {"layer": "mean", "condition": None, **found.scores.mean._asdict()}
+    return table_of(
+        "reconstruction_lens",
+        "Reconstruction per layer in the space of the lens",
+        "The columns of the table of raw rows, of rows y = (x - centre) A^T + offset and what the SAE makes of them before the lens is undone. "
+        "condition: largest over smallest singular value of A.",
+        [*rows, mean],
+    )
+
+
+def cosines_table(stream: StreamSimilarity, name: str = "neighbour_cosines") -> Table:
     """Centred cosines of neighbouring layers."""
     return table_of(
-        "neighbour_cosines",
+        name,
         "Cosines of neighbouring layers",
         "cos(x_l - mean_l, x_m - mean_m) of the same token, means over the same rows; tokens whose rows pass at both layers.",
-        [{"layer": a, "next_layer": b, **s._asdict()} for (a, b), s in found.stream.cosines.items()],
+        [{"layer": a, "next_layer": b, **s._asdict()} for (a, b), s in stream.cosines.items()],
     )
 
 

@@ -11,6 +11,7 @@ from analysis.layers import spread
 from analysis.present import (
     cosines_table,
     layer_std_table,
+    lens_table,
     losses_table,
     mmcs_table,
     reconstruction_table,
@@ -33,8 +34,9 @@ def report(found: Findings, others: Sequence[Summary], own: Summary) -> tuple[st
     """
     drawn = _Drawn()
     parts = [
-        _head(found),
         _reconstruction(found, drawn),
+        _matrix(found, drawn),
+        _lens(found, drawn),
         _loss(found, drawn),
         _layers(found, drawn),
         _variance(found, drawn),
@@ -46,7 +48,9 @@ def report(found: Findings, others: Sequence[Summary], own: Summary) -> tuple[st
         _method(found),
     ]
     model = found.subject.store.plan.request.model.name
-    return html.page(f"{found.subject.name}: {model}", "\n".join(parts)), drawn.svgs
+    body = "\n".join(parts)
+    page = html.page(f"{found.subject.name}: {model}", _head(found) + html.navigation(body) + body)
+    return page, drawn.svgs
 
 
 class _Drawn:
@@ -79,17 +83,16 @@ def _head(found: Findings) -> str:
         single = np.mean([s.recovered_zero.value for s in found.model.patched[0].layers.values()])
         facts.append(("loss recovered, one layer", f"{single:.3f}"))
         facts.append(("loss recovered, all at once", f"{together.recovered_zero.value:.3f}"))
-    links = (
-        ("reconstruction", "Reconstruction"), ("loss", "Loss"), ("layers", "Layers"), ("variance", "Variance"), ("stream", "Stream"),
-        ("dictionary", "Dictionary"), ("examples", "Examples"), ("prompts", "Prompts"), ("comparison", "Comparison"), ("method", "Method"),
-    )  # fmt: skip
-    nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in links)
+    what = "one SAE on" if subject.is_shared else "an SAE for each of"
+    hooks = (
+        subject.hook if subject.hook == subject.target_hook else f"{subject.hook} to {subject.target_hook}"
+    )
     return (
-        f"<header><h1>{html.escape(subject.name)}: one SAE on {len(subject.layers)} layers of {html.escape(request.model.name)}</h1>"
-        f'<p class="soft">{n_latents:,} latents, k = {subject.k}, hook {html.escape(subject.hook)}, layers {_listed(subject.layers)}. '
+        f"<header><h1>{html.escape(subject.name)}: {what} {len(subject.layers)} layers of {html.escape(request.model.name)}</h1>"
+        f'<p class="soft">{n_latents:,} latents, k = {subject.k}, hook {html.escape(hooks)}, layers {_listed(subject.layers)}. '
         f"{found.n_tokens:,} kept {html.escape(found.request.split)} tokens of {html.escape(request.corpus.name)}, {mean.n_rows:,} rows "
         f"after the run's row filter ({_filters(found)}).</p>"
-        f"{html.facts(facts)}<nav>{nav}</nav></header>"
+        f"{html.facts(facts)}</header>"
     )
 
 
@@ -120,6 +123,40 @@ def _reconstruction(found: Findings, drawn: _Drawn) -> str:
             f"Dots: the same of decoding no latent. Dashes: about one mean for all dimensions, which counts a constant vector as explained. {n}.",
         ),
         html.table(reconstruction_table(found)),
+    )
+
+
+def _matrix(found: Findings, drawn: _Drawn) -> str:
+    if found.matrix is None:
+        return ""
+    return html.section(
+        "matrix",
+        "Layer by layer",
+        drawn.figure(
+            "matrix",
+            figures.matrix(found.matrix),
+            "FVU of the SAE trained on one layer (down) on rows of another (across), about the mean of the layer looked at; more than 1 is shown as 1. "
+            f"n = {found.evaluation.mean.n_rows:,} rows.",
+        ),
+    )
+
+
+def _lens(found: Findings, drawn: _Drawn) -> str:
+    if found.in_lens is None:
+        return ""
+    about = found.subject.lens.about if found.subject.lens is not None else {}
+    return html.section(
+        "lens",
+        "Through the lens",
+        f'<p class="soft">The run was trained on rows seen through a lens ({html.escape(about.get("kind", "?"))}): y = (x &minus; centre) A&#7488; + offset, one map '
+        "per layer. Everything else on this page is of raw rows, the lens undone.</p>",
+        drawn.figure(
+            "stream_lens",
+            figures.stream(found.in_lens.stream),
+            "Norms and neighbouring layers' centred cosines of rows seen through the lens: to be compared with those of raw rows below. "
+            f"n = {found.in_lens.scores.mean.n_rows:,} rows.",
+        ),
+        html.table(lens_table(found.in_lens)),
     )
 
 
@@ -216,7 +253,7 @@ def _stream(found: Findings, drawn: _Drawn) -> str:
             "L2 norm of rows per layer, and of their mean; cosine of a token's rows at neighbouring layers after the layer's mean is taken off. "
             f"n = {n:,} rows a layer.",
         ),
-        html.table(cosines_table(found)),
+        html.table(cosines_table(found.stream)),
     )
 
 

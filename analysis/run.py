@@ -18,6 +18,7 @@ import torch
 
 from actcache.patching import Patcher
 from analysis.contexts import iter_contexts, write_examples
+from analysis.cross import Matrix, cross_layers
 from analysis.dictionary import (
     CosineByDistance,
     NearestTokens,
@@ -25,17 +26,18 @@ from analysis.dictionary import (
     max_cosines,
     nearest_tokens,
 )
-from analysis.examples import Examples, TopExamples
-from analysis.latents import ENCODE_ROWS, LatentStore, encode_store
-from analysis.layers import LayerCounts
-from analysis.metrics import Evaluation, Reconstruction
+from analysis.examples import Examples
+from analysis.latents import encode_store
+from analysis.metrics import Evaluation
 from analysis.models import Model
+from analysis.passes import View, make_views, read_means, read_rows
 from analysis.patched import PatchedScores, Positions, evaluate_patched
 from analysis.prompts import PAPER_PROMPT, PromptLatents, prompt_latents
-from analysis.similarity import LayerMeans, NeighbourCosines, StreamSimilarity
+from analysis.similarity import StreamSimilarity
 from analysis.subject import Subject
-from analysis.trace import Trace, TracePoint
-from analysis.variance import LayerVariance, VarianceShares, Weighting
+from analysis.trace import TracePoint
+from analysis.variance import VarianceShares, Weighting
+from trainer.heldout import HeldOut
 
 if TYPE_CHECKING:
     from actcache.reader.access import Split
@@ -77,6 +79,14 @@ class Reporter:
     on_advance: Callable[[int], None] = lambda _n: None
 
 
+class InLens(NamedTuple):
+    """What a run with a lens looks like in the lens's space: where it was trained. condition: of each layer's matrix."""
+
+    scores: HeldOut
+    stream: StreamSimilarity
+    condition: dict[int, float]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFindings:
     """What the model said. patched: per way to patch. nearest: by "embedding" and "unembedding"."""
@@ -92,6 +102,8 @@ class Findings:
 
     n_tokens      kept tokens analysed.
     evaluation    reconstruction, and the latents' distributions over layers.
+    matrix        scores of every layer's SAE on every layer's rows; None where one SAE serves all.
+    in_lens       scores and stream in the space of the run's lens; None where it has none.
     variance      per weighting.
     pairs         [l + 1] (token, latent) pairs by the number of layers they are active on.
     trace         how the mean spread over layers settled.
@@ -108,6 +120,8 @@ class Findings:
     request: Request
     n_tokens: int
     evaluation: Evaluation
+    matrix: Matrix | None
+    in_lens: InLens | None
     variance: dict[Weighting, VarianceShares]
     pairs: np.ndarray
     trace: list[TracePoint]
@@ -153,18 +167,13 @@ def analyse(
         n_tokens=request.n_tokens,
         on_rows=said.on_advance,
     )
+    views = make_views(subject)
     said.on_stage("means of layers", n_rows, "rows")
-    means = LayerMeans(subject.layers, subject.out_width)
-    for shard in subject.shards(request.split, request.n_tokens):
-        for i, layer in enumerate(subject.layers):
-            means.update(
-                layer,
-                shard.rows(layer, subject.target_hook, torch.float32)[torch.from_numpy(shard.passes[i])],
-            )
-            said.on_advance(len(shard))
+    read_means(views, subject.shards(request.split, request.n_tokens), said.on_advance)
     said.on_stage("rows and latents", n_rows, "rows")
-    rows = _read_rows(subject, request, latents, means, said)
-    evaluation = rows.reconstruction.compute()
+    shards = subject.shards(request.split, request.n_tokens)
+    rows = read_rows(views, shards, latents, request.n_examples, said.on_advance)
+    evaluation = views[0].reconstruction.compute()
     examples = rows.examples.compute()
     said.on_stage("examples", len(examples), "rows")
     examples_path = out / "dataset" / "examples.parquet"
@@ -178,6 +187,7 @@ def analyse(
         None if model is None else functools.cache(model.piece),
         said.on_advance,
     )
+    matrix = _matrix(subject, request, n_rows, said)
     directions, alive = subject.directions, evaluation.latents.is_alive
     said.on_stage("directions", len(directions) + int(alive.sum()), "latents")
     is_alive = torch.from_numpy(alive).to(directions.device)
@@ -189,7 +199,9 @@ def analyse(
         variance={w: rows.variance.compute(w, request.min_tokens) for w in WEIGHTINGS},
         pairs=rows.variance.pairs,
         trace=rows.trace,
-        stream=rows.cosines.compute(),
+        stream=views[0].cosines.compute(),
+        matrix=matrix,
+        in_lens=_in_lens(subject, views[1]) if len(views) > 1 else None,
         max_cosine=max_cosines(directions, on_rows=said.on_advance).cpu().numpy(),
         by_distance=cosine_by_distance(
             directions[is_alive], evaluation.latents.mean[alive], on_rows=said.on_advance
@@ -202,54 +214,20 @@ def analyse(
     )
 
 
-class _Rows(NamedTuple):
-    reconstruction: Reconstruction
-    cosines: NeighbourCosines
-    variance: LayerVariance
-    examples: TopExamples
-    trace: list[TracePoint]
-
-
 def _count_rows(subject: Subject, request: Request) -> int:
     return sum(shard.passes.size for shard in subject.shards(request.split, request.n_tokens))
 
 
-def _read_rows(
-    subject: Subject, request: Request, latents: LatentStore, means: LayerMeans, said: Reporter
-) -> _Rows:
-    """One pass over rows and latents together."""
-    layers, n_latents = subject.layers, subject.n_latents
-    found = _Rows(
-        Reconstruction(layers, subject.out_width, n_latents, str(subject.directions.device)),
-        NeighbourCosines(means),
-        LayerVariance(layers, n_latents),
-        TopExamples(len(layers), n_latents, request.n_examples),
-        [],
-    )
-    trace = Trace(LayerCounts(layers, n_latents), latents.n_tokens)
-    for codes, shard in zip(latents, subject.shards(request.split, request.n_tokens), strict=True):
-        before: torch.Tensor | None = None
-        for i, layer in enumerate(layers):
-            into = shard.rows(layer, subject.hook, torch.float32)
-            x = (
-                into
-                if subject.hook == subject.target_hook
-                else shard.rows(layer, subject.target_hook, torch.float32)
-            )
-            passes = torch.from_numpy(codes.passes[:, i])
-            values, chosen = (torch.from_numpy(column) for column in codes.padded(i))
-            for at in torch.arange(len(x))[passes].split(ENCODE_ROWS):
-                xhat, nothing = subject.reconstruct(into[at], layer, values[at], chosen[at])
-                found.reconstruction.update(layer, x[at], xhat, nothing, values[at], chosen[at])
-            if before is not None:
-                both = passes & torch.from_numpy(codes.passes[:, i - 1])
-                found.cosines.update((layers[i - 1], layer), before[both], x[both])
-            before = x
-            said.on_advance(len(x))
-        found.variance.update(codes.entries(aligned=True), int(codes.passes.all(1).sum()))
-        found.examples.update(codes.entries(), codes.sequence, codes.position, codes.token, codes.document)
-        trace.update(codes)
-    return found._replace(trace=trace.points)
+def _matrix(subject: Subject, request: Request, n_rows: int, said: Reporter) -> Matrix | None:
+    if subject.is_shared:
+        return None
+    said.on_stage("matrix", n_rows, "rows")
+    return cross_layers(subject, request.split, request.n_tokens, said.on_advance)
+
+
+def _in_lens(subject: Subject, view: View) -> InLens:
+    assert subject.lens is not None
+    return InLens(view.reconstruction.compute().scores, view.cosines.compute(), subject.lens.conditions())
 
 
 def _ask_model(subject: Subject, request: Request, model: Model, said: Reporter) -> ModelFindings:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from actcache.errors import NotFoundError, UsageError
 from trainer.checkpoint import load_sae
 from trainer.durable import file_digest
+from trainer.lens import Lens
 from trainer.trained import Code, TrainedSAE
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from actcache.reader.access import Split, Store
     from actcache.reader.shard_rows import ShardRows
 
-_FILTERS = ("outlier_norm_ratio", "norm_limits", "positions", "exclude_tokens")
+FILTERS = ("outlier_norm_ratio", "norm_limits", "positions", "exclude_tokens")
+"""Parts of a run's selection that say which rows pass."""
+
 _RESULT = "sae.json"
 
 
@@ -122,12 +125,31 @@ class Subject:
     @property
     def filters(self) -> dict[str, Any]:
         """The run's row filter: arguments of `Store.stream` and `Store.iter_shards`."""
-        return {name: self.selection[name] for name in _FILTERS if self.selection.get(name) is not None}
+        return {name: self.selection[name] for name in FILTERS if self.selection.get(name) is not None}
 
     def shards(self, split: Split, n_tokens: int | None = None) -> Iterator[ShardRows]:
         """The store's kept tokens at this run's hooks and layers, marked by its filter."""
         return self.store.iter_shards(
             split, hook=self._hooks, layers=self.layers, n_tokens=n_tokens, **self.filters
+        )
+
+    @property
+    def lens(self) -> Lens | None:
+        """What the run's rows were seen through."""
+        return self.sae.lens
+
+    @property
+    def inside(self) -> Subject:
+        """The same in the space of its lens: `see` gives the rows it takes."""
+        bare = {id(sae): replace(sae, lens=None) for sae in self.saes.values()}
+        return replace(self, saes={layer: bare[id(sae)] for layer, sae in self.saes.items()})
+
+    def see(self, rows: Tensor, layer: int) -> Tensor:
+        """Raw rows [b, d] of one layer through the lens."""
+        if self.lens is None:
+            return rows
+        return self.lens.apply(
+            rows.to(self.directions.device), torch.tensor([layer]).to(self.directions.device)
         )
 
     def encode(self, rows: Tensor, layer: int) -> Code:
