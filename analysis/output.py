@@ -12,6 +12,7 @@ DIR/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,13 @@ import pyarrow.parquet as pq
 
 from actcache.errors import UsageError
 from actcache.version import __version__
+from analysis.dictionary import max_cosines
+from analysis.layers import spread
 from analysis.models import Model
 from analysis.present import findings_tables
 from analysis.report import report
-from analysis.run import Findings, Reporter, Request, analyse
-from analysis.subject import load_subject
+from analysis.run import Between, Findings, Reporter, Request, analyse
+from analysis.subject import Subject, load_subject
 from analysis.summary import FILE as SUMMARY
 from analysis.summary import Summary, comparison_table, read_summary, summarise, write_summary
 from analysis.tables import Table
@@ -60,7 +63,9 @@ def analyse_and_write(
     Raises:
         UsageError: two runs to compare have one name.
     """
-    others = []
+    subject = load_subject(run, store, device)
+    others: list[Summary] = []
+    between: list[Between] = []
     for other in compare:
         if (other / SUMMARY).exists():
             others.append(read_summary(other))
@@ -72,8 +77,20 @@ def analyse_and_write(
                 f"{other}: another run to compare with is called {beside.name} too; rename a folder"
             )
         others.append(write_analysis(analyse(beside, folder, request, model, reporter=reporter), [], folder))
-    found = analyse(load_subject(run, store, device), out, request, model, latents, reporter)
-    return write_analysis(found, others, out)
+        between += _between(subject, beside)
+    found = analyse(subject, out, request, model, latents, reporter)
+    return write_analysis(replace(found, between=[*found.between, *between]), others, out)
+
+
+def _between(one: Subject, other: Subject) -> list[Between]:
+    """Cosines of two runs' dictionaries, each way; none where their rows are of other widths."""
+    if one.out_width != other.out_width:
+        return []
+    pairs = ((one, other), (other, one))
+    return [
+        Between(a.name, b.name, spread(max_cosines(a.directions, b.directions).cpu().numpy()))
+        for a, b in pairs
+    ]
 
 
 def write_analysis(found: Findings, others: Sequence[Summary], folder: Path) -> Summary:

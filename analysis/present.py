@@ -288,16 +288,15 @@ def cosines_table(stream: StreamSimilarity, name: str = "neighbour_cosines") -> 
 
 
 def mmcs_table(found: Findings) -> Table:
-    """Mean max cosine similarity within the dictionary."""
+    """Mean max cosine similarity within the dictionary, and with others."""
     alive = found.evaluation.latents.is_alive
+    within = [("all latents", found.max_cosine), ("alive latents", found.max_cosine[alive])]
     return table_of(
         "mmcs",
-        "Mean max cosine similarity within the dictionary",
-        "max over g != f of cos(w_f, w_g), over decoder rows; its spread over f.",
-        [
-            {"latents": "all", **spread(found.max_cosine)._asdict()},
-            {"latents": "alive", **spread(found.max_cosine[alive])._asdict()},
-        ],
+        "Mean max cosine similarity of decoder rows",
+        "Within: max over g != f of cos(w_f, w_g). With another dictionary: max over all its g. Mean, and spread over f.",
+        [{"of": name, "with": "each other", **spread(values)._asdict()} for name, values in within]
+        + [{"of": b.of, "with": b.other, **b.cosine._asdict()} for b in found.between],
     )
 
 

@@ -28,6 +28,7 @@ from analysis.dictionary import (
 )
 from analysis.examples import Examples
 from analysis.latents import encode_store
+from analysis.layers import Spread, spread
 from analysis.metrics import Evaluation
 from analysis.models import Model
 from analysis.passes import View, make_views, read_means, read_rows
@@ -79,6 +80,14 @@ class Reporter:
     on_advance: Callable[[int], None] = lambda _n: None
 
 
+class Between(NamedTuple):
+    """MMCS of one dictionary with another: the spread over its latents of their largest cosine with a latent of the other."""
+
+    of: str
+    other: str
+    cosine: Spread
+
+
 class InLens(NamedTuple):
     """What a run with a lens looks like in the lens's space: where it was trained. condition: of each layer's matrix."""
 
@@ -109,6 +118,7 @@ class Findings:
     trace         how the mean spread over layers settled.
     stream        norms and cosines of the residual stream.
     max_cosine    [f] of every latent with any other.
+    between       cosines with other dictionaries: of this run's layers, where each has its own, and of runs compared with.
     by_distance   decoder cosines of alive latents by distance of mean layers.
     decoder_norm  [f].
     examples      the most active rows.
@@ -127,6 +137,7 @@ class Findings:
     trace: list[TracePoint]
     stream: StreamSimilarity
     max_cosine: np.ndarray
+    between: list[Between]
     by_distance: CosineByDistance
     decoder_norm: np.ndarray
     examples: Examples
@@ -203,6 +214,7 @@ def analyse(
         matrix=matrix,
         in_lens=_in_lens(subject, views[1]) if len(views) > 1 else None,
         max_cosine=max_cosines(directions, on_rows=said.on_advance).cpu().numpy(),
+        between=_between_layers(subject),
         by_distance=cosine_by_distance(
             directions[is_alive], evaluation.latents.mean[alive], on_rows=said.on_advance
         ),
@@ -223,6 +235,18 @@ def _matrix(subject: Subject, request: Request, n_rows: int, said: Reporter) -> 
         return None
     said.on_stage("matrix", n_rows, "rows")
     return cross_layers(subject, request.split, request.n_tokens, said.on_advance)
+
+
+def _between_layers(subject: Subject) -> list[Between]:
+    if subject.is_shared:
+        return []
+    rows = {layer: sae.sae.w_dec.detach() for layer, sae in subject.saes.items()}
+    return [
+        Between(f"layer {i}", f"layer {j}", spread(max_cosines(rows[i], rows[j]).cpu().numpy()))
+        for i in rows
+        for j in rows
+        if i != j
+    ]
 
 
 def _in_lens(subject: Subject, view: View) -> InLens:

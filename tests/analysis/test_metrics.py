@@ -141,5 +141,5 @@ def test_merged_shards_equal_one_pass(rows, sae, data):
 
 def test_picture(rows, sae, tmp_path):
     evaluation = evaluate(sae, ListSource(*rows, batch_rows=100))
-    save_overview(evaluation, "three layers", tmp_path / "new" / "picture.png")
+    save_overview(evaluation.scores, evaluation.latents, "three layers", tmp_path / "new" / "picture.png")
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -19,6 +19,7 @@ from analysis.output import analyse_and_write
 from analysis.present import findings_tables
 from analysis.prompts import prompt_latents
 from analysis.run import Reporter, Request, analyse
+from analysis.subject import load_subject
 from analysis.summary import read_summary
 from tests.analysis.conftest import train
 from tests.conftest import no_sync
@@ -255,10 +256,21 @@ def test_runs_stand_side_by_side(written, tiny, model, tmp_path):
     assert rows[1]["loss_change"] is not None
 
 
-def test_between_dictionaries(written):
-    rows = {r["latents"]: r for r in pq.read_table(written / "tables" / "mmcs.parquet").to_pylist()}
-    assert rows["all"]["n"] >= rows["alive"]["n"] > 0
-    assert -1 <= rows["all"]["mean"] <= 1
+def test_cosines_within_and_between_dictionaries(written, tiny):
+    store = actcache.open(tiny / "store.zarr")
+    wide = load_subject(written.parent / "wide", store).directions
+    mine = load_subject(tiny / "run", store).directions
+    rows = {(r["of"], r["with"]): r for r in pq.read_table(written / "tables" / "mmcs.parquet").to_pylist()}
+    assert set(rows) == {
+        ("all latents", "each other"),
+        ("alive latents", "each other"),
+        ("run", "wide"),
+        ("wide", "run"),
+    }
+    cosines = mine.double() @ wide.double().T
+    assert rows["run", "wide"]["mean"] == pytest.approx(float(cosines.amax(1).mean()), rel=1e-5)
+    assert rows["wide", "run"]["mean"] == pytest.approx(float(cosines.amax(0).mean()), rel=1e-5)
+    assert rows["all latents", "each other"]["n"] == len(mine)
 
 
 def test_summaries_that_cannot_be_read(written, tmp_path):
