@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
     from analysis.evaluation import EvalReport
-    from analysis.run import Reporter
+    from analysis.reporter import Reporter
     from trainer.config import TrainConfig
     from trainer.ranks import Ranks
     from trainer.reports import RunSummary, StepReport
@@ -1183,7 +1183,7 @@ def evaluate(
 @contextlib.contextmanager
 def _stages(*, quiet: bool) -> "Iterator[Reporter]":
     """A bar for every stage that is reported."""
-    from analysis.run import Reporter
+    from analysis.reporter import Reporter
 
     with _progress("", quiet=quiet) as progress:
         tasks: list[Any] = []
@@ -1344,6 +1344,111 @@ def _draw(found: "EvalReport", run: Path, path: Path) -> None:
     title = f"{run.resolve().name}: {len(found.scores.layers)} layers, {len(found.latents.mean):,} latents; {mean.n_rows:,} held-out rows"
     save_overview(found.scores, found.latents, title, path)
     console.print(f"drew {path}", highlight=False)
+
+
+# lens
+
+
+lens_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Lenses: one invertible affine map per layer; 'actcache train --lens' trains in their space.",
+)
+app.add_typer(lens_app, name="lens")
+LensOut = Annotated[Path, typer.Option(help="The lens: one .safetensors file.")]
+LensLayers = Annotated[
+    str | None, typer.Option(help='Layers to map, for example "0,5,10". Default: all stored.')
+]
+
+
+@lens_app.command("train")
+def lens_train(
+    store: StorePath,
+    out: LensOut,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="tuned: h + W h + c, trained to the model's own predictions. scale: each layer's mean taken off, divided by one "
+            "number. whiten: by the root of its covariance."
+        ),
+    ] = "tuned",
+    layers: LensLayers = None,
+    outlier_norm_ratio: Annotated[
+        float,
+        typer.Option(help="Leave out rows whose norm exceeds this many times their layer's median; 0: none."),
+    ] = 10.0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Kept training tokens. Default: 250,000 for tuned, all for scale and whiten."),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="tuned: Adam's learning rate, falling to 0.")] = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(help="tuned: tokens of one step.")] = 512,
+    eval_tokens: Annotated[int, typer.Option(help="tuned: held-out kept tokens it is judged on.")] = 1000,
+    shrink: Annotated[
+        float, typer.Option(help="whiten: this share of the mean variance is added to every variance.")
+    ] = 1e-3,
+    model: ModelName = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a lens from a store's training rows: tuned, mean and scale, or whitening."""
+    from actcache.model import parse_layers
+    from actcache.patching import Patcher
+    from analysis.lens_fit import RowChoice, Tuning, fit_lens, tune_lens
+    from analysis.present import lens_facts, lens_renderable
+    from trainer.lens import save_lens
+
+    _choice("kind", kind, ("tuned", "scale", "whiten"))
+    opened = actcache.open(store)
+    choice = RowChoice(
+        layers=None if layers is None else parse_layers(layers, opened.plan.request.model.n_layers),
+        outlier_norm_ratio=outlier_norm_ratio or None,
+        n_tokens=tokens,
+    )
+    patcher = None if kind != "tuned" else Patcher(_load_model_of(opened, model, _device(device)).decoder)
+    tuned = None
+    with _stages(quiet=as_json) as reporter:
+        if patcher is not None:
+            tuning = Tuning(n_tokens=tokens or 250_000, batch_tokens=batch_tokens, lr=lr)
+            tuned = tune_lens(opened, patcher, choice, tuning, eval_tokens=eval_tokens, reporter=reporter)
+            lens = tuned.lens
+        else:
+            lens = fit_lens(opened, kind, choice, shrink=shrink, reporter=reporter)  # type: ignore[arg-type]
+    save_lens(lens, out)
+    if as_json:
+        print(json.dumps({"lens": str(out), **lens_facts(lens, tuned)}))
+    else:
+        Console().print(lens_renderable(lens, tuned))
+
+
+@lens_app.command("import")
+def lens_import(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="What the package tuned-lens saved: config.json and params.pt."
+        ),
+    ],
+    store: StorePath,
+    out: LensOut,
+    layers: LensLayers = None,
+    as_json: Json = False,
+) -> None:
+    """Read a tuned lens of the package tuned-lens as a lens for a store's layers."""
+    from actcache.model import parse_layers
+    from analysis.lens_import import import_tuned_lens
+    from analysis.present import lens_facts, lens_renderable
+    from trainer.lens import save_lens
+
+    opened = actcache.open(store)
+    plan = opened.plan.request.model
+    chosen = opened.layers if layers is None else parse_layers(layers, plan.n_layers)
+    lens = import_tuned_lens(folder, chosen, plan.n_layers, plan.width)
+    save_lens(lens, out)
+    if as_json:
+        print(json.dumps({"lens": str(out), **lens_facts(lens, None)}))
+    else:
+        Console().print(lens_renderable(lens, None))
 
 
 # demo

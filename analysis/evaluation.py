@@ -19,7 +19,7 @@ from analysis.loss import LossScores
 from analysis.metrics import evaluate
 from analysis.models import Model
 from analysis.patched import PatchedScores, Positions, evaluate_patched
-from analysis.run import Reporter
+from analysis.reporter import Reporter
 from analysis.subject import FILTERS, check_run, find_runs, load_subject
 from trainer import heldout
 from trainer.checkpoint import load_sae

@@ -15,6 +15,7 @@ from torch import Tensor
 from actcache.errors import UsageError
 from actcache.patching import Patcher
 from analysis.moments import Moments
+from analysis.reporter import Reporter
 from trainer.lens import Lens
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def fit_lens(
     choice: RowChoice,
     *,
     shrink: float = 1e-3,
-    on_rows: Callable[[int], None] = lambda _n: None,
+    reporter: Reporter | None = None,
 ) -> Lens:
     """A lens that brings all layers to a common size.
 
@@ -114,18 +115,20 @@ def fit_lens(
         kind: "scale" or "whiten".
         choice: which of them.
         shrink: bounds the condition number of a whitening at sqrt(1 + largest variance / (shrink * mean variance)).
-        on_rows: called with how many more rows were read.
+        reporter: hears of progress.
 
     Raises:
         UsageError: a layer has fewer rows than whitening it takes, or rows that are all alike.
     """
+    said = reporter or Reporter()
     found: dict[int, Any] = {}
+    said.on_stage("rows", sum(shard.passes.size for shard in choice.shards(store)), "rows")
     for shard in choice.shards(store):
         for i, layer in enumerate(shard.layers):
             x = shard.rows(layer, dtype=torch.float32)[torch.from_numpy(shard.passes[i])]
             width = x.shape[1]
             found.setdefault(layer, Covariance(width) if kind == "whiten" else Moments(width)).update(x)
-            on_rows(len(shard))
+            said.on_advance(len(shard))
     weights, means = [], []
     for layer, moments in found.items():
         covariance = moments.compute() if kind == "whiten" else None
@@ -266,7 +269,7 @@ def tune_lens(
     tuning: Tuning,
     *,
     eval_tokens: int = 1000,
-    on_tokens: Callable[[int], None] = lambda _n: None,
+    reporter: Reporter | None = None,
 ) -> Tuned:
     """Train a tuned lens on the store's training tokens.
 
@@ -276,7 +279,7 @@ def tune_lens(
         choice: which rows; its `n_tokens` is not used.
         tuning: how.
         eval_tokens: held-out kept tokens the lens is judged on.
-        on_tokens: called with how many more training tokens are done.
+        reporter: hears of progress.
 
     Raises:
         UsageError: the store has no `resid_post`.
@@ -284,23 +287,33 @@ def tune_lens(
     if _HOOK not in store.hooks:
         raise UsageError(f"a tuned lens reads {_HOOK}, and {store.url} has {list(store.hooks)} only")
     layers = choice.layers or store.layers_of(_HOOK)
+    said = reporter or Reporter()
     made = TunedLens(layers, patcher.decoder.n_layers, patcher.decoder.width, tuning, patcher.decoder.device)
-    before, _n = _judge(made, store, patcher, choice, eval_tokens)
+    said.on_stage("judge the logit lens", eval_tokens, "tok")
+    before, _n = _judge(made, store, patcher, choice, eval_tokens, said.on_advance)
+    said.on_stage("train", tuning.n_tokens, "tok")
     for ids, mask in _batches(store, choice, "train", tuning.n_tokens, tuning.batch_tokens):
         made.step(patcher, ids, mask)
-        on_tokens(int(mask.any(0).sum()))
-    after, n = _judge(made, store, patcher, choice, eval_tokens)
+        said.on_advance(int(mask.any(0).sum()))
+    said.on_stage("judge the lens", eval_tokens, "tok")
+    after, n = _judge(made, store, patcher, choice, eval_tokens, said.on_advance)
     about = {"kind": "tuned", **choice.about(store), "n_tokens": tuning.n_tokens, "lr": tuning.lr}
     return Tuned(lens=made.lens(about), before=before, after=after, n_tokens=n)
 
 
 def _judge(
-    lens: TunedLens, store: Store, patcher: Patcher, choice: RowChoice, n_tokens: int
+    lens: TunedLens,
+    store: Store,
+    patcher: Patcher,
+    choice: RowChoice,
+    n_tokens: int,
+    on_tokens: Callable[[int], None],
 ) -> tuple[dict[int, float], int]:
     totals: dict[int, tuple[float, int]] = dict.fromkeys(lens.layers, (0.0, 0))
     for ids, mask in _batches(store, choice, "holdout", n_tokens, 1024):
         for layer, (loss, n) in lens.evaluate(patcher, ids, mask).items():
             totals[layer] = (totals[layer][0] + loss, totals[layer][1] + n)
+        on_tokens(int(mask.any(0).sum()))
     return {layer: loss / max(n, 1) for layer, (loss, n) in totals.items()}, max(
         n for _loss, n in totals.values()
     )

@@ -25,7 +25,8 @@ from analysis.layers import spread
 from analysis.models import Model
 from analysis.present import findings_tables
 from analysis.report import report
-from analysis.run import Between, Findings, Reporter, Request, analyse
+from analysis.reporter import Reporter
+from analysis.run import Between, Findings, Request, analyse
 from analysis.subject import Subject, load_subject
 from analysis.summary import FILE as SUMMARY
 from analysis.summary import Summary, comparison_table, read_summary, summarise, write_summary

@@ -9,11 +9,13 @@ from rich.table import Table as RichTable
 from analysis.cross import Matrix
 from analysis.evaluation import EvalReport
 from analysis.layers import spread
+from analysis.lens_fit import Tuned
 from analysis.loss import Estimate, LossScores
 from analysis.patched import PatchedScores
 from analysis.run import Findings, InLens
 from analysis.similarity import StreamSimilarity
 from analysis.tables import Table, said, table_of
+from trainer.lens import Lens
 from trainer.present import scores_table
 
 
@@ -64,6 +66,26 @@ def evaluation_renderables(found: EvalReport) -> list[RichTable]:
     if found.matrix is not None:
         shown.append(rich_table(matrix_table(found.matrix, found.matrix_losses)))
     return shown
+
+
+def lens_facts(lens: Lens, tuned: Tuned | None) -> dict[str, Any]:
+    """A lens in plain values: how it was made, its condition numbers, and what training it gave."""
+    found: dict[str, Any] = {"about": lens.about, "digest": lens.digest, "condition": lens.conditions()}
+    if tuned is not None:
+        found |= {"kl_before": tuned.before, "kl_after": tuned.after, "eval_tokens": tuned.n_tokens}
+    return found
+
+
+def lens_renderable(lens: Lens, tuned: Tuned | None) -> RichTable:
+    """A lens, layer by layer."""
+    rows = []
+    for layer, condition in lens.conditions().items():
+        row: dict[str, Any] = {"layer": layer, "condition number": condition}
+        if tuned is not None:
+            row |= {"KL, logit lens": tuned.before[layer], "KL, tuned lens": tuned.after[layer]}
+        rows.append(row)
+    judged = "" if tuned is None else f"; KL(model || lens) per token on {tuned.n_tokens:,} held-out tokens"
+    return rich_table(table_of("lens", f"lens: {lens.about['kind']}{judged}", "", rows))
 
 
 def matrix_table(matrix: Matrix, losses: Mapping[int, Mapping[int, LossScores]] | None = None) -> Table:

@@ -34,6 +34,7 @@ from analysis.models import Model
 from analysis.passes import View, make_views, read_means, read_rows
 from analysis.patched import PatchedScores, Positions, evaluate_patched
 from analysis.prompts import PAPER_PROMPT, PromptLatents, prompt_latents
+from analysis.reporter import Reporter
 from analysis.similarity import StreamSimilarity
 from analysis.subject import Subject
 from analysis.trace import TracePoint
@@ -70,14 +71,6 @@ class Request:
     positions: tuple[Positions, ...] = ("kept", "all")
     prompts: tuple[str, ...] = (PAPER_PROMPT,)
     n_nearest: int = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reporter:
-    """Hears how far the work is: a stage begins with its size (None: not known) and unit, then advances."""
-
-    on_stage: Callable[[str, int | None, str], None] = lambda _name, _total, _unit: None
-    on_advance: Callable[[int], None] = lambda _n: None
 
 
 class Between(NamedTuple):

@@ -18,7 +18,8 @@ from analysis.metrics import evaluate
 from analysis.output import analyse_and_write
 from analysis.present import findings_tables
 from analysis.prompts import prompt_latents
-from analysis.run import Reporter, Request, analyse
+from analysis.reporter import Reporter
+from analysis.run import Request, analyse
 from analysis.subject import load_subject
 from analysis.summary import read_summary
 from tests.analysis.conftest import train
