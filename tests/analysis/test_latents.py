@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 import actcache
 from actcache.errors import DamageError, NotFoundError, PlanMismatchError, UsageError
 from analysis import latents as module
-from analysis.latents import HEADER, LatentStore, encode_store
+from analysis.latents import FORMAT, HEADER, LatentStore, encode_store
 from analysis.subject import load_subject
 from tests.analysis.conftest import train
 from tests.conftest import no_sync
+from tests.docs.pages import DOCS, sections, tables, unquoted
 
 
 @pytest.fixture
@@ -172,3 +174,13 @@ def test_a_run_is_looked_at_on_its_own_models_rows_only(tiny, tmp_path):
         (tmp_path / "run" / "sae.json").write_text(json.dumps(altered))
         with pytest.raises(UsageError, match=message):
             load_subject(tmp_path / "run", actcache.open(tiny / "store.zarr"))
+
+
+def test_the_header_is_what_its_page_says(written):
+    page = (DOCS / "reference" / "latents.md").read_text(encoding="utf-8")
+    (table,) = tables(sections(page, 2)["latents.json"])
+    header = json.loads((written.root / HEADER).read_text())
+    assert {unquoted(row["field"]) for row in table} == set(header)
+    (files,) = (row["meaning"] for row in table if row["field"] == "`files`")
+    assert set(re.findall(r"`(\w+)`", files)) == set(header["files"][0])
+    assert header["format"] == FORMAT == 1

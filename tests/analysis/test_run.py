@@ -222,6 +222,20 @@ def test_every_table_is_there_twice_and_says_the_same(written, found):
             assert len(lines) == table.num_rows
 
 
+def test_table_of_spreads(found):
+    """Mean, variance, deviation and standard error over alive latents, as numpy has them."""
+    table = next(t for t in findings_tables(found[0]) if t.name == "layer_std")
+    rows = {row["quantity"]: row for row in table.as_arrow().to_pylist()}
+    latents = found[0].evaluation.latents
+    std = latents.std[latents.is_alive]
+    assert rows["layer_std"]["n"] == len(std)
+    assert rows["layer_std"]["mean"] == pytest.approx(std.mean())
+    assert rows["layer_std"]["var"] == pytest.approx(std.var(ddof=1))
+    assert rows["layer_std"]["sem"] == pytest.approx(std.std(ddof=1) / len(std) ** 0.5)
+    assert rows["layer_std / span"]["mean"] == pytest.approx(std.mean())  # layers 0 and 1
+    assert rows["n_layers"]["mean"] == pytest.approx(latents.n_layers[latents.is_alive].mean())
+
+
 def test_the_dataset_can_be_published(written, subject):
     latents = pq.read_table(written / "dataset" / "latents.parquet")
     assert latents.num_rows == subject.n_latents
