@@ -34,21 +34,26 @@ def reconstruction(evaluation: Evaluation) -> Any:
     """FVU per layer beside its k = 0 baseline, and in the scalar convention."""
     figure, axes = new_figure()
     scores = list(evaluation.layers.values())
-    places = _layer_axis(axes.xaxis, list(evaluation.layers))
-    bars = axes.bar(places, [s.fvu for s in scores], color=BLUE, label="FVU")
-    axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.plot(
-        places,
-        [s.fvu_k0 for s in scores],
-        "o",
-        ms=3,
-        color=ORANGE,
-        label="k = 0: row mean and scale with the bias",
-    )
-    axes.plot(places, [s.fvu_scalar for s in scores], "_", ms=9, color=GREEN, label="FVU, one scalar mean")
+    places = np.array(_layer_axis(axes.xaxis, list(evaluation.layers)))
+    for shift, name, label, colour in (
+        (-0.2, "fvu", "FVU", BLUE),
+        (0.2, "fvu_scalar", "FVU, one scalar mean", GREEN),
+    ):
+        bars = axes.bar(places + shift, [getattr(s, name) for s in scores], 0.4, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6)
+        nothing = [getattr(s, f"{name}_k0") for s in scores]
+        axes.plot(
+            places + shift,
+            nothing,
+            "_",
+            ms=9,
+            mew=1.2,
+            color=ORANGE,
+            label="the same at k = 0" if shift > 0 else None,
+        )
     axes.set_ylabel("fraction of variance unexplained")
     axes.set_ylim(0, max(1.0, *(s.fvu_k0 for s in scores)) * 1.25)
-    axes.legend(loc="upper left", ncols=2)
+    axes.legend(loc="upper left", ncols=3)
     return figure
 
 

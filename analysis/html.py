@@ -74,7 +74,7 @@ def section(name: str, title: str, *parts: str) -> str:
 def navigation(body: str) -> str:
     """Links to the sections of a page."""
     found = re.findall(r'<section id="([a-z]+)">\n<h2>(.*?)</h2>', body)
-    return "<nav>" + "".join(f'<a href="#{name}">{title}</a>' for name, title in found) + "</nav>"
+    return "<nav>" + "\n".join(f'<a href="#{name}">{title}</a>' for name, title in found) + "</nav>"
 
 
 def figure(svg: str, caption: str, label: str) -> str:

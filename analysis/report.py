@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from analysis import figures, html
 from analysis.layers import spread
 from analysis.present import (
+    LOSS_COLUMNS,
     cosines_table,
     layer_std_table,
     lens_table,
@@ -119,8 +120,8 @@ def _reconstruction(found: Findings, drawn: _Drawn) -> str:
         drawn.figure(
             "fvu",
             figures.reconstruction(found.evaluation),
-            f"Fraction of variance unexplained: sum (x &minus; x&#770;)&sup2; / sum (x &minus; mean)&sup2;, the mean of each dimension (bars). "
-            f"Dots: the same of decoding no latent. Dashes: about one mean for all dimensions, which counts a constant vector as explained. {n}.",
+            "Fraction of variance unexplained: sum (x &minus; x&#770;)&sup2; / sum (x &minus; mean)&sup2;, the mean of each dimension; beside it about one mean for all "
+            f"dimensions, which counts a constant vector as explained. Lines: the same of decoding no latent (k = 0), from the row's own mean and scale with the bias. {n}.",
         ),
         html.table(reconstruction_table(found)),
     )
@@ -185,7 +186,7 @@ def _loss(found: Findings, drawn: _Drawn) -> str:
                 f"{scores.together.n_sequences} sequences.",
             )
         )
-    return html.section("loss", "Loss", *parts, html.table(losses_table(found.model.patched)))
+    return html.section("loss", "Loss", *parts, html.table(losses_table(found.model.patched), LOSS_COLUMNS))
 
 
 def _layers(found: Findings, drawn: _Drawn) -> str:
