@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
     from actcache.producer.settings import Settings
-    from actcache.producer.summary import BuildSummary, Reporter
+    from actcache.producer.summary import BuildReporter, BuildSummary
     from actcache.producer.workers import Rank
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
-    from analysis.metrics import Evaluation
+    from analysis.evaluation import EvalReport
+    from analysis.reporter import Reporter
     from trainer.config import TrainConfig
     from trainer.ranks import Ranks
     from trainer.reports import RunSummary, StepReport
-    from trainer.trained import TrainedSAE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,7 +111,8 @@ class _Rate(ProgressColumn):
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} {self._unit}/s" if task.speed else f"- {self._unit}/s")
+        unit = task.fields.get("unit", self._unit)
+        return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else f"- {unit}/s")
 
 
 class _Progress(Progress):
@@ -506,7 +507,7 @@ def _build_on_ray(
         "address": options["ray_address"],
     }
 
-    def work(reporter: "Reporter") -> "BuildSummary":
+    def work(reporter: "BuildReporter") -> "BuildSummary":
         decoder = _load(options | {"device_map": None}, options["model_dtype"], "cpu")  # for its digest only
         _, names = ensure_planned(
             settings, decoder, tokenizer, corpus, corpus_name=corpus_name, device=device, reporter=reporter
@@ -603,10 +604,10 @@ def _build(
 
 
 def _run_build(
-    out: Path, n_tokens: int | None, work: Callable[["Reporter"], "BuildSummary"], *, quiet: bool
+    out: Path, n_tokens: int | None, work: Callable[["BuildReporter"], "BuildSummary"], *, quiet: bool
 ) -> "BuildSummary":
     """Do the work of a build with bars and messages; stopped with Ctrl-C or SIGTERM it says how to go on."""
-    from actcache.producer.summary import Reporter
+    from actcache.producer.summary import BuildReporter
 
     with _progress("tok", quiet=quiet) as progress:
         planning = progress.add_task("tokenise", total=n_tokens, visible=False)
@@ -620,7 +621,7 @@ def _run_build(
             if not quiet:
                 _print_forecast(out, grid, size)
 
-        reporter = Reporter(
+        reporter = BuildReporter(
             on_tokens=lambda n: progress.update(planning, completed=n, visible=True),
             on_forecast=forecast,
             on_start=started,
@@ -1376,6 +1377,12 @@ def train(
             help="Of an unfinished store, train on the shards that are committed now; --resume goes on with the same ones.",
         ),
     ] = False,
+    lens: Annotated[
+        Path | None,
+        typer.Option(
+            help="See every row through this lens (actcache lens train): the SAE is trained in its space, and gives raw rows back."
+        ),
+    ] = None,
     partitions: Annotated[
         int, typer.Option(help="What processes share out; their number must divide it. Part of the order.")
     ] = 8,
@@ -1460,6 +1467,7 @@ def train(
         sweeps=sweep or [],
         per_layer=per_layer,
         init_from=init_from,
+        lens=lens,
         boards=boards + ([trackers.wandb(wandb)] if wandb else []),
         resume=resume,
         quiet=as_json,
@@ -1521,6 +1529,7 @@ def _train(
     sweeps: list[str] | None = None,
     per_layer: bool = False,
     init_from: Path | None = None,
+    lens: Path | None = None,
     boards: Any = (),
     resume: bool,
     quiet: bool,
@@ -1530,6 +1539,7 @@ def _train(
     from trainer.checkpoint import load_sae
     from trainer.forms import FORMS
     from trainer.kernels import make_kernels
+    from trainer.lens import load_lens
     from trainer.loop import train_many
     from trainer.ranks import leave
     from trainer.sweep import make_configs
@@ -1579,6 +1589,7 @@ def _train(
             provenance=_provenance(store, location, selection, source),
             held_out=held_out,
             init=None if init_from is None else load_sae(init_from, device=device),
+            lens=None if lens is None else load_lens(lens),
             trackers=boards,
             kernels=chosen_kernels,
             ranks=ranks,
@@ -1680,7 +1691,26 @@ def _step_watcher(progress: _Progress, task: Any) -> Callable[["StepReport"], No
     return watch
 
 
-# eval
+# eval, encode and analyze
+
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The store's model: a folder or hub id. Without it: a folder of that name beside the store, or the hub.",
+    ),
+]
+ModelTokens = Annotated[
+    int,
+    typer.Option(help="Kept tokens the model is run on, to the end of a sequence; the first of the split."),
+]
+PatchPositions = Annotated[
+    str,
+    typer.Option(
+        help="kept: patch rows that the run's filter lets pass. all: patch every position. both: one after the other."
+    ),
+]
 
 
 @app.command("eval")
@@ -1688,121 +1718,324 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
     store: StorePath,
     split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    loss: Annotated[
+        bool,
+        typer.Option(
+            "--loss", help="Also run the model with reconstructions in its place: loss, KL, logits."
+        ),
+    ] = False,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="Of a --per-layer run: the SAE of each layer on the rows of every layer."
+        ),
+    ] = False,
+    model: ModelName = None,
+    model_tokens: ModelTokens = 1000,
+    patch_positions: PatchPositions = "kept",
     picture: Annotated[
         Path | None, typer.Option(help="Also draw FVU per layer and the spread of latents (.png, .pdf).")
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Reconstruction, sparsity and spread over layers of an SAE on held-out rows, filtered as its training rows were."""
-    from trainer.checkpoint import load_sae
+    """Reconstruction and sparsity of a run on held-out rows, filtered as its training rows were; with --loss, what the model loses."""
+    from analysis.evaluation import Wanted, evaluate_run
+    from analysis.present import evaluation_renderables
 
-    sae = load_sae(run, device=_device(device))
-    if sae.form.name != "stacked" or sae.transforms.tensors:
-        _print_scores(sae, run, store, split, picture, _device(device), as_json=as_json)
-        return
-    evaluation = _evaluate(run, store, split, _device(device), quiet=as_json)
-    if picture is not None:
-        _draw(evaluation, run, picture)
-    if as_json:
-        print(json.dumps(evaluation.as_json()))
-    else:
-        Console().print(_evaluation_table(evaluation))
-
-
-def _print_scores(
-    sae: "TrainedSAE", run: Path, store: str, split: str, picture: Path | None, device: str, *, as_json: bool
-) -> None:
-    """Of forms whose latents are not active at one layer: the scores, without the spread of latents over layers."""
-    from trainer import heldout
-    from trainer.present import scores_table
-
-    if picture is not None:
-        raise UsageError(
-            f"--picture shows where latents are active; those of a {sae.form.name} have no layer"
-        )
-    with _rows_of(sae, run, store, split, device) as source, _progress("rows", quiet=as_json) as progress:
-        task = progress.add_task("evaluate", total=source.n_rows)
-        found = heldout.evaluate({"": sae}, source, on_rows=lambda n: progress.advance(task, n))[""]
-    norms = None
-    if sae.form.is_joint:
-        norms = dict(zip(sae.layers, sae.relative_norms().mean(0).tolist(), strict=True))
-    if as_json:
-        print(json.dumps({**found.as_json(), "n_latents": sae.sae.n_latents, "relative_norms": norms}))
-    else:
-        Console().print(scores_table(found, norms))
-
-
-def _rows_of(sae: "TrainedSAE", run: Path, location: str, split: str, device: str) -> "Stream":
-    """Rows such as a run was trained on."""
-    import torch
-
-    selection = {**sae.provenance.get("selection", {}), "memory": None}
-    if "window_rows" not in selection:
-        raise UsageError(
-            f"{run} does not say which rows it was trained on; it was not made by 'actcache train'"
-        )
-    store = actcache.open(location)
-    if store.plan.request.model.digest != sae.provenance["model"]["digest"]:
-        raise UsageError(
-            f"{run} was trained on activations of {sae.provenance['model']['name']}, {location} holds those of "
-            f"{store.plan.request.model.name} (other weights)"
-        )
-    reading: dict[str, Any] = {"batch_size": 4096, "split": split, "device": device, "dtype": torch.float32}
-    limits = sae.provenance.get("order", {}).get("norm_limits")
-    if isinstance(limits, list):  # as in training, to the last row: medians of an unfinished store change
-        of_layer = dict(zip(selection["layers"], limits, strict=True))
-        selection["outlier_norm_ratio"] = None
-        reading["norm_limits"] = {layer: of_layer[layer] for layer in sae.layers}
-    selection["layers"] = list(sae.layers)
-    return _stream(store, selection, **reading)
-
-
-def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool) -> "Evaluation":
-    from analysis.metrics import evaluate
-    from trainer.checkpoint import load_sae
-
-    sae = load_sae(run, device=device)
-    with (
-        _rows_of(sae, run, location, split, device) as source,
-        _progress("rows", quiet=quiet) as progress,
-    ):
-        task = progress.add_task("evaluate", total=source.n_rows)
-        return evaluate(sae, source, lambda n: progress.advance(task, n))
-
-
-def _draw(evaluation: "Evaluation", run: Path, path: Path) -> None:
-    from analysis.figures import save_overview
-    from trainer.checkpoint import load_sae
-
-    sae = load_sae(run)
-    name = sae.provenance.get("model", {}).get("name", "")
-    save_overview(
-        evaluation,
-        f"{name}: one top-k SAE on {len(sae.layers)} layers, {sae.sae.n_latents:,} latents, k = {sae.sae.k}; "
-        f"{evaluation.mean.n_rows:,} held-out rows",
-        path,
+    _choice("patch-positions", patch_positions, ("kept", "all", "both"))
+    _choice("split", split, ("holdout", "train"))
+    opened = actcache.open(store)
+    wanted = Wanted(
+        split=split,  # type: ignore[arg-type]
+        loss=loss,
+        matrix=matrix,
+        model_tokens=model_tokens,
+        positions=_positions(patch_positions),
     )
+    chosen = _device(device)
+    with _stages(quiet=as_json) as reporter:
+        found = evaluate_run(
+            run, opened, wanted, lambda: _load_model_of(opened, model, chosen), chosen, reporter
+        )
+    if picture is not None:
+        _draw(found, run, picture)
+    if as_json:
+        print(json.dumps(found.as_json()))
+        return
+    for table in evaluation_renderables(found):
+        Console().print(table)
+
+
+@contextlib.contextmanager
+def _stages(*, quiet: bool) -> "Iterator[Reporter]":
+    """A bar for every stage that is reported."""
+    from analysis.reporter import Reporter
+
+    with _progress("", quiet=quiet) as progress:
+        tasks: list[Any] = []
+
+        def stage(name: str, total: int | None, unit: str) -> None:
+            tasks.append(progress.add_task(name, total=total, unit=unit))
+
+        yield Reporter(on_stage=stage, on_advance=lambda n: progress.advance(tasks[-1], n))
+
+
+def _positions(text: str) -> Any:
+    return ("kept", "all") if text == "both" else (text,)
+
+
+def _load_model_of(store: Any, given: str | None, device: str) -> Any:
+    from analysis.models import find_model, load_model_of
+
+    _quiet_transformers()
+    name = given or find_model(store)
+    if name is None:
+        raise UsageError(
+            f"the plan of {store.url} calls its model {store.plan.request.model.name}, without a path, and there is no folder of "
+            f"that name beside the store: say where it is with --model"
+        )
+    return load_model_of(store, name, device)
+
+
+@app.command()
+def encode(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder for the latents.")],
+    split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Stop with the sequence that completes so many kept tokens. Default: all."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write the active latents of every kept token at every layer, once, as Parquet. Run it again to continue."""
+    from analysis.latents import encode_store
+    from analysis.subject import load_subject
+
+    _choice("split", split, ("holdout", "train"))
+    subject = load_subject(run, actcache.open(store), _device(device))
+    with _progress("rows", quiet=as_json) as progress:
+        n_rows = sum(shard.passes.size for shard in subject.shards(split, tokens))  # type: ignore[arg-type]
+        task = progress.add_task("encode", total=n_rows)
+        latents = encode_store(
+            subject,
+            out,
+            split=split,  # type: ignore[arg-type]
+            n_tokens=tokens,
+            on_rows=lambda n: progress.advance(task, n),
+        )
+    n_bytes = sum(file["bytes"] for file in latents.header["files"])
+    n_entries = sum(file["n_entries"] for file in latents.header["files"])
+    facts = {
+        "latents": str(out),
+        "n_tokens": latents.n_tokens,
+        "n_rows": n_rows,
+        "n_entries": n_entries,
+        "bytes": n_bytes,
+    }
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        console.print(
+            f"{out}: {latents.n_tokens:,} tokens x {len(latents.layers)} layers, {n_entries:,} active latents, {_bytes(n_bytes)}",
+            highlight=False,
+        )
+
+
+@app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, tables, figures and the dataset.")],
+    split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Stop with the sequence that completes so many kept tokens. Default: all."),
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            help="Latents that 'actcache encode' wrote, or will be written here. Default: in --out."
+        ),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Beside another run: a folder that analyze wrote, or a run, which is then analysed on the same store. Repeat."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to look at alone. Repeat. Default: the one of the MLSAE paper."),
+    ] = None,
+    model: ModelName = None,
+    no_model: Annotated[
+        bool,
+        typer.Option("--no-model", help="Only what the rows tell: no loss, no prompts, no text of tokens."),
+    ] = False,
+    model_tokens: ModelTokens = 1000,
+    patch_positions: PatchPositions = "both",
+    examples: Annotated[int, typer.Option(help="Most active rows kept per latent and layer.")] = 8,
+    min_tokens: Annotated[
+        int, typer.Option(help="Tokens a latent must be active on to count in the variance decomposition.")
+    ] = 10,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Every table and figure of the multi-layer SAE paper about one run, in one page: OUT/report.html."""
+    from analysis.output import analyse_and_write
+    from analysis.run import PAPER_PROMPT, Request
+
+    _choice("split", split, ("holdout", "train"))
+    _choice("patch-positions", patch_positions, ("kept", "all", "both"))
+    opened = actcache.open(store)
+    found = None if no_model else _load_model_of(opened, model, _device(device))
+    request = Request(
+        split=split,  # type: ignore[arg-type]
+        n_tokens=tokens,
+        min_tokens=min_tokens,
+        n_examples=examples,
+        model_tokens=model_tokens,
+        positions=_positions(patch_positions),
+        prompts=tuple(prompt or (PAPER_PROMPT,)),
+    )
+    with _stages(quiet=as_json) as reporter:
+        summary = analyse_and_write(
+            run,
+            opened,
+            out,
+            request,
+            model=found,
+            latents=latents,
+            compare=compare or [],
+            device=_device(device),
+            reporter=reporter,
+        )
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    else:
+        console.print(f"look at {out / 'report.html'}", highlight=False)
+
+
+def _draw(found: "EvalReport", run: Path, path: Path) -> None:
+    from analysis.figures import save_overview
+
+    if found.latents is None:
+        raise UsageError(
+            "--picture shows where latents are active; those of rows that hold several layers are at none"
+        )
+    mean = found.scores.mean
+    title = f"{run.resolve().name}: {len(found.scores.layers)} layers, {len(found.latents.mean):,} latents; {mean.n_rows:,} held-out rows"
+    save_overview(found.scores, found.latents, title, path)
     console.print(f"drew {path}", highlight=False)
 
 
-def _evaluation_table(evaluation: "Evaluation") -> Table:
-    table = Table(title="held-out rows", title_justify="left", show_edge=False)
-    for name in ("layer", "rows", "FVU", "FVU at k=0", "FVU scalar", "scalar at k=0", "L0", "L1", "alive"):
-        table.add_column(name, justify="right")
-    for layer, s in [*evaluation.layers.items(), ("mean", evaluation.mean)]:
-        table.add_row(
-            str(layer),
-            f"{s.n_rows:,}",
-            f"{s.fvu:.4f}",
-            f"{s.fvu_k0:.4f}",
-            f"{s.fvu_scalar:.4f}",
-            f"{s.fvu_scalar_k0:.4f}",
-            f"{s.l0:.1f}",
-            f"{s.l1:.1f}",
-            f"{s.n_alive:,}",
-        )
-    return table
+# lens
+
+
+lens_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Lenses: one invertible affine map per layer; 'actcache train --lens' trains in their space.",
+)
+app.add_typer(lens_app, name="lens")
+LensOut = Annotated[Path, typer.Option(help="The lens: one .safetensors file.")]
+LensLayers = Annotated[
+    str | None, typer.Option(help='Layers to map, for example "0,5,10". Default: all stored.')
+]
+
+
+@lens_app.command("train")
+def lens_train(
+    store: StorePath,
+    out: LensOut,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="tuned: h + W h + c, trained to the model's own predictions. scale: each layer's mean taken off, divided by one "
+            "number. whiten: by the root of its covariance."
+        ),
+    ] = "tuned",
+    layers: LensLayers = None,
+    outlier_norm_ratio: Annotated[
+        float,
+        typer.Option(help="Leave out rows whose norm exceeds this many times their layer's median; 0: none."),
+    ] = 10.0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Kept training tokens. Default: 250,000 for tuned, all for scale and whiten."),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="tuned: Adam's learning rate, falling to 0.")] = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(help="tuned: tokens of one step.")] = 512,
+    eval_tokens: Annotated[int, typer.Option(help="tuned: held-out kept tokens it is judged on.")] = 1000,
+    shrink: Annotated[
+        float, typer.Option(help="whiten: this share of the mean variance is added to every variance.")
+    ] = 1e-3,
+    model: ModelName = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a lens from a store's training rows: tuned, mean and scale, or whitening."""
+    from actcache.model import parse_layers
+    from actcache.patching import Patcher
+    from analysis.lens_fit import RowChoice, Tuning, fit_lens, tune_lens
+    from analysis.present import lens_facts, lens_renderable
+    from trainer.lens import save_lens
+
+    _choice("kind", kind, ("tuned", "scale", "whiten"))
+    opened = actcache.open(store)
+    choice = RowChoice(
+        layers=None if layers is None else parse_layers(layers, opened.plan.request.model.n_layers),
+        outlier_norm_ratio=outlier_norm_ratio or None,
+        n_tokens=tokens,
+    )
+    patcher = None if kind != "tuned" else Patcher(_load_model_of(opened, model, _device(device)).decoder)
+    tuned = None
+    with _stages(quiet=as_json) as reporter:
+        if patcher is not None:
+            tuning = Tuning(n_tokens=tokens or 250_000, batch_tokens=batch_tokens, lr=lr)
+            tuned = tune_lens(opened, patcher, choice, tuning, eval_tokens=eval_tokens, reporter=reporter)
+            lens = tuned.lens
+        else:
+            lens = fit_lens(opened, kind, choice, shrink=shrink, reporter=reporter)  # type: ignore[arg-type]
+    save_lens(lens, out)
+    if as_json:
+        print(json.dumps({"lens": str(out), **lens_facts(lens, tuned)}))
+    else:
+        Console().print(lens_renderable(lens, tuned))
+
+
+@lens_app.command("import")
+def lens_import(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="What the package tuned-lens saved: config.json and params.pt."
+        ),
+    ],
+    store: StorePath,
+    out: LensOut,
+    layers: LensLayers = None,
+    as_json: Json = False,
+) -> None:
+    """Read a tuned lens of the package tuned-lens as a lens for a store's layers."""
+    from actcache.model import parse_layers
+    from analysis.lens_import import import_tuned_lens
+    from analysis.present import lens_facts, lens_renderable
+    from trainer.lens import save_lens
+
+    opened = actcache.open(store)
+    plan = opened.plan.request.model
+    chosen = opened.layers if layers is None else parse_layers(layers, plan.n_layers)
+    lens = import_tuned_lens(folder, chosen, plan.n_layers, plan.width)
+    save_lens(lens, out)
+    if as_json:
+        print(json.dumps({"lens": str(out), **lens_facts(lens, None)}))
+    else:
+        Console().print(lens_renderable(lens, None))
 
 
 # export, push and import-sae
@@ -2025,6 +2258,8 @@ def demo(
     from actcache.producer import samples
     from actcache.producer.corpus import open_corpus
     from actcache.producer.settings import Settings
+    from analysis.evaluation import Wanted, evaluate_run
+    from analysis.present import evaluation_renderables
 
     started = time.perf_counter()
     _quiet_transformers()
@@ -2062,10 +2297,12 @@ def demo(
     }
     _train(str(settings.out), out / "run", config, selection, "cpu", resume=True, quiet=False)
     console.print("4/4 evaluate it on held-out documents", style="bold")
-    evaluation = _evaluate(out / "run", str(settings.out), "holdout", "cpu", quiet=False)
-    _draw(evaluation, out / "run", out / "result.png")
-    (out / "result.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
-    Console().print(_evaluation_table(evaluation))
+    with _stages(quiet=False) as reporter:
+        found = evaluate_run(out / "run", actcache.open(settings.out), Wanted(), reporter=reporter)
+    _draw(found, out / "run", out / "result.png")
+    (out / "result.json").write_text(json.dumps(found.as_json(), indent=2) + "\n")
+    for table in evaluation_renderables(found):
+        Console().print(table)
     console.print(
         f"done in {time.perf_counter() - started:.0f} s; look at {out / 'result.png'}", highlight=False
     )

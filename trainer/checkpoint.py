@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from actcache.errors import NotFoundError
+from actcache.errors import DamageError, NotFoundError
 from trainer.config import TrainConfig
 from trainer.forms import FORMS
+from trainer.lens import LENS, load_lens
 from trainer.run_folder import RunFolder, check_same
 from trainer.sae import dictionary_of
 from trainer.trained import TrainedSAE
@@ -37,14 +39,29 @@ def load_sae(
     """
     folder, where = RunFolder(Path(run_dir)), torch.device(device)
     if checkpoint is not None:
-        return _from_checkpoint(folder, step_of(folder, checkpoint), where)
+        return _with_lens(_from_checkpoint(folder, step_of(folder, checkpoint), where), folder, where)
     if folder.finished() is None:
         raise NotFoundError(
             f"no finished run in {folder.root} (no sae.json); train it to its end, resuming if it was stopped, "
             "or ask for one of its checkpoints"
         )
     found = folder.load_result(where)
-    return make_trained(found.model, found.transforms, found.description, where=str(folder.root))
+    trained = make_trained(found.model, found.transforms, found.description, where=str(folder.root))
+    return _with_lens(trained, folder, where)
+
+
+def _with_lens(trained: TrainedSAE, folder: RunFolder, device: torch.device) -> TrainedSAE:
+    """The SAE with the lens its rows were seen through, which stands beside it."""
+    known = trained.provenance.get("lens")
+    if known is None:
+        return trained
+    path = folder.root / LENS
+    lens = load_lens(path)
+    if lens.digest != known["digest"]:
+        raise DamageError(
+            f"{path} is not the lens this SAE was trained through ({lens.digest} for {known['digest']})"
+        )
+    return replace(trained, lens=lens.to(device))
 
 
 def make_trained(

@@ -18,6 +18,7 @@ from trainer.begin import check_shared, common_step, fit, prepare, start_or_rest
 from trainer.config import TrainConfig
 from trainer.forms import FORMS, Arrived, take_rows
 from trainer.kernels import Kernels, sparse
+from trainer.lens import LENS, Lens, LensSource, save_lens
 from trainer.member import Member
 from trainer.provenance import layer_index
 from trainer.ranks import ALONE, Ranks
@@ -43,6 +44,7 @@ def train_many(
     provenance: dict[str, Any] | None = None,
     held_out: BatchSource | None = None,
     init: TrainedSAE | None = None,
+    lens: Lens | None = None,
     trackers: Sequence[MakeTracker] = (),
     kernels: Kernels = sparse,
     ranks: Ranks = ALONE,
@@ -65,6 +67,7 @@ def train_many(
         provenance: JSON that is kept with each SAE.
         held_out: rows to evaluate on, where `eval_every_steps` is set; read from its cursor on, every time.
         init: weights to start from, instead of those of the seed.
+        lens: what rows of both sources are seen through; it is kept with each SAE.
         trackers: dashboards.
         kernels: what computes products and sums.
         ranks: the processes of this run. All call this with the same arguments, apart from their share of the sources.
@@ -79,6 +82,10 @@ def train_many(
         PeerError: another process of this run stopped.
     """
     started, waited_before = perf_counter(), source.waited_s()
+    if lens is not None:
+        source = LensSource(source, lens, device)
+        held_out = None if held_out is None else LensSource(held_out, lens, device)
+        provenance = {**(provenance or {}), "lens": {"digest": lens.digest, "about": lens.about}}
     resolved = {name: fit(config, source, init) for name, config in configs.items()}
     check_shared(resolved)
     first = next(iter(resolved.values()))
@@ -87,6 +94,12 @@ def train_many(
     folders = {name: RunFolder(out / name) for name in resolved}
     with ExitStack() as stack:
         found = ranks.on_first(lambda: prepare(folders, resolved, source, stack, resume=resume))
+        if lens is not None and ranks.is_first:
+            for folder in folders.values():
+                if not (
+                    folder.root / LENS
+                ).exists():  # another one there: the rows are others, and refused below
+                    save_lens(lens, folder.root / LENS)
         done = found["done"]
         if len(done) == len(folders):
             result = next(iter(done.values()))

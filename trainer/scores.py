@@ -96,6 +96,17 @@ class Scores:
         self._mean[i] += delta * (n / total)
         self._n[i] = total
 
+    def merge(self, other: Scores) -> None:
+        """Add what other scores, of other rows of the same layers, have seen."""
+        total = self._n + other._n
+        share = other._n / total.clamp_min(1)
+        delta = other._mean - self._mean
+        self._m2 += other._m2 + delta.square() * (self._n * share).unsqueeze(1)
+        self._mean += delta * share.unsqueeze(1)
+        self._n = total
+        self._sums += other._sums
+        self._alive |= other._alive
+
     def together(self, ranks: Ranks = ALONE) -> None:
         """Replace this rank's sums by those of all."""
         if ranks.size == 1:

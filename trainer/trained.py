@@ -6,6 +6,7 @@ Axes: b rows, s slices of a row (the layers side by side in it; mostly one), d w
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from actcache.errors import UsageError
 from actcache.flow import Batch
 from trainer.config import TrainConfig
 from trainer.forms import FORMS, Form, Rows
+from trainer.lens import Lens
 from trainer.provenance import layer_index
 from trainer.sae import Dictionary
 from trainer.transform import RowStandardise, Transforms, restore
@@ -31,6 +33,7 @@ class Code(NamedTuple):
     scale    [b, 1] float32: kept to give it back. Where fixed numbers of a layer do that, [b or 1, d] and [b or 1, 1]; where
              a row has several layers, with one more axis: [b or 1, s, ...].
     skip     [b, s * d] what a skip connection adds to the standardised row, or None.
+    layer    [b] or [1] the model's layer number of each row, where a lens is to be undone; else None.
     """
 
     values: Tensor
@@ -38,6 +41,7 @@ class Code(NamedTuple):
     mean: Tensor
     scale: Tensor
     skip: Tensor | None = None
+    layer: Tensor | None = None
 
 
 class Reconstruction(NamedTuple):
@@ -68,6 +72,7 @@ class TrainedSAE:
     source      fingerprint of the rows and their order.
     provenance  what the caller of the run knew: model, store, versions.
     transforms  what rows go through on their way in and out.
+    lens        what they were seen through before that; undone on their way out.
     """
 
     sae: Dictionary
@@ -77,6 +82,7 @@ class TrainedSAE:
     source: str
     provenance: dict[str, Any]
     transforms: Transforms = field(default_factory=lambda: Transforms(RowStandardise()))
+    lens: Lens | None = None
 
     @property
     def form(self) -> Form:
@@ -93,10 +99,20 @@ class TrainedSAE:
 
         Args:
             rows: [b, d]; [b, s, d] or [b, s * d] where a row has several layers.
-            layer: [b] the model's layer number of each row. Needed only where fixed numbers of the layer standardise
+            layer: [b] the model's layer number of each row. Needed only where a lens or fixed numbers of the layer change
                 something and the SAE has several layers.
         """
-        return self._encode(self._view(rows, layer))
+        seen, known = self._see(rows, layer)
+        return self._encode(self._view(seen, layer))._replace(layer=known)
+
+    @torch.no_grad()
+    def with_latents(
+        self, rows: Tensor, values: Tensor, indices: Tensor, layer: Tensor | None = None
+    ) -> Code:
+        """The code of rows whose active latents are known already, values [b, k] and indices [b, k]; else as `encode`."""
+        seen, known = self._see(rows, layer)
+        code = self._frame(self._view(seen, layer), lambda z: (values.to(z.device), indices.to(z.device)))
+        return code._replace(layer=known)
 
     @torch.no_grad()
     def decode(self, code: Code) -> Tensor:
@@ -106,7 +122,11 @@ class TrainedSAE:
             zhat = zhat + code.skip
         if self.n_slices > 1:
             zhat = zhat.unflatten(1, (self.n_slices, -1))
-        return restore(zhat, code.mean, code.scale)
+        xhat = restore(zhat, code.mean, code.scale)
+        if self.lens is None:
+            return xhat
+        assert code.layer is not None  # `encode` knows it
+        return self.lens.invert(xhat, code.layer)
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """A batch of a source made for this SAE's form, beside what comes out.
@@ -115,7 +135,7 @@ class TrainedSAE:
             UsageError: the source hands out something else than the form needs.
         """
         rows = self.form.view(batch, self.layers).to(self.sae.w_enc.device)
-        code = self._encode(rows)
+        code = self.encode(batch.rows, batch.layer) if self.lens is not None else self._encode(rows)
         restored, nothing = (
             self.decode(code),
             self.decode(code._replace(values=torch.zeros_like(code.values))),
@@ -128,14 +148,34 @@ class TrainedSAE:
         """To which layers each latent writes, see `Dictionary.relative_norms`; [f, s], rows sum to 1."""
         return self.sae.relative_norms(self.n_slices)
 
+    def _see(self, rows: Tensor, layer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Raw rows through the lens, and their layers; unchanged where there is none."""
+        if self.lens is None:
+            return rows, None
+        device = self.sae.w_enc.device
+        if layer is None and len(self.layers) > 1:
+            raise UsageError(
+                f"this SAE sees layers {list(self.layers)} through a lens: say which layer every row is of, encode(rows, layer)"
+            )
+        known = torch.tensor(self.layers) if layer is None else layer
+        return self.lens.apply(rows.to(device), known.to(device)), known.to(device)
+
     @torch.no_grad()
     def _encode(self, rows: Rows) -> Code:
+        def select(z: Tensor) -> tuple[Tensor, Tensor]:
+            found = self.sae.encode(z)
+            return found.values, found.indices
+
+        return self._frame(rows, select)
+
+    def _frame(self, rows: Rows, select: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Code:
+        """The values and indices that `select` gives for standardised rows z, with what makes raw rows of them."""
         z, mean, scale = self.transforms.feed(rows.inputs, rows.layer_i)
-        found = self.sae.encode(z)
+        values, indices = select(z)
         skip = self.sae.skipped(z) if self.sae.w_skip is not None else None
         if self.n_slices == 1:
             mean, scale = mean.squeeze(1), scale.squeeze(1)
-        return Code(found.values, found.indices, mean, scale, skip)
+        return Code(values, indices, mean, scale, skip)
 
     def _view(self, rows: Tensor, layer: Tensor | None) -> Rows:
         device = self.sae.w_enc.device
