@@ -8,7 +8,7 @@ from rich.table import Table as RichTable
 
 from analysis.cross import Matrix
 from analysis.evaluation import EvalReport
-from analysis.layers import spread
+from analysis.layers import histogram_of_distances, histogram_of_means, spread
 from analysis.lens_fit import Tuned
 from analysis.loss import Estimate, LossScores
 from analysis.patched import PatchedScores
@@ -25,6 +25,7 @@ def findings_tables(found: Findings) -> list[Table]:
         reconstruction_table(found),
         latents_table(found),
         layer_std_table(found),
+        mean_layers_table(found),
         trace_table(found),
         variance_table(found),
         pairs_table(found),
@@ -225,6 +226,27 @@ def layer_std_table(found: Findings) -> Table:
         "layer_std",
         "Spread over layers, over alive latents",
         "n; mean; var and std with divisor n - 1; sem = std / sqrt(n). span = last layer - first layer. Latents active at one layer only have no bimodality.",
+        rows,
+    )
+
+
+def mean_layers_table(found: Findings) -> Table:
+    """Histograms of alive latents' mean layers, and of their distance to the nearest layer."""
+    latents = found.evaluation.latents
+    rows = [
+        {"quantity": name, "from": start, "to": stop, "n_latents": count, "density": density}
+        for name, h in (
+            ("layer_mean", histogram_of_means(latents)),
+            ("distance", histogram_of_distances(latents)),
+        )
+        for start, stop, count, density in zip(
+            h.edges[:-1].tolist(), h.edges[1:].tolist(), h.counts.tolist(), h.density.tolist(), strict=True
+        )
+    ]
+    return table_of(
+        "mean_layers",
+        "Mean layers of alive latents",
+        "layer_mean = sum_l l p, 16 bins per layer; distance: |layer_mean - nearest layer analysed|. density = n_latents / (their sum * width of the bin).",
         rows,
     )
 
