@@ -358,16 +358,13 @@ def _interesting(found: Findings, n: int = 3) -> list[tuple[int, str]]:
 def _nearest(found: Findings, latent: int) -> str:
     if found.model is None:
         return ""
-    said = []
+    names: dict[str, list[str]] = {}
     for name, nearest in found.model.nearest.items():
-        tokens = ", ".join(
-            f"{found.pieces(token)!r} {cosine:.2f}"
-            for token, cosine in zip(
-                nearest.tokens[latent].tolist(), nearest.cosines[latent].tolist(), strict=True
-            )
-        )
-        said.append(f"nearest in the {name}: {tokens}")
-    return f'<p class="note">{html.escape("; ".join(dict.fromkeys(said)))}</p>'
+        pairs = zip(nearest.tokens[latent].tolist(), nearest.cosines[latent].tolist(), strict=True)
+        tokens = ", ".join(f"{found.pieces(token)!r} {cosine:.2f}" for token, cosine in pairs)
+        names.setdefault(tokens, []).append(name)  # one line where they are tied
+    lines = "; ".join(f"nearest in the {' and '.join(of)}: {tokens}" for tokens, of in names.items())
+    return f'<p class="note">{html.escape(lines)}</p>'
 
 
 def _prompts(found: Findings, drawn: _Drawn) -> str:
