@@ -14,9 +14,9 @@ import torch
 import actcache
 from actcache.errors import DamageError, NotFoundError, UsageError
 from analysis import latents as latents_module
+from analysis.findings_tables import findings_tables
 from analysis.metrics import evaluate
 from analysis.output import analyse_and_write
-from analysis.present import findings_tables
 from analysis.prompts import prompt_latents
 from analysis.reporter import Reporter
 from analysis.run import Request, analyse
