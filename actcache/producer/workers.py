@@ -68,13 +68,13 @@ def local_rank_in(environment: Mapping[str, str]) -> tuple[int, int]:
     return 0, 1
 
 
-def wait_for_plan(out: Path, patience_s: float = PLAN_PATIENCE_S) -> bool:
-    """Wait until another worker has planned the store; False when for `patience_s` nobody has been at it."""
+def wait_for_plan(out: Path) -> bool:
+    """Wait until another worker has planned the store; False when for `PLAN_PATIENCE_S` nobody has been at it."""
     seen = time.monotonic()
     while not (out / "zarr.json").exists():
         if is_being_planned(out):
             seen = time.monotonic()
-        elif time.monotonic() - seen > patience_s:
+        elif time.monotonic() - seen > PLAN_PATIENCE_S:
             return False
         time.sleep(POLL_S)
     return True
@@ -113,17 +113,18 @@ class Work:
         mine, n = self._rank.rank, self._rank.world_size
         left = sorted(self.left, key=lambda shard: (shard % n != mine, shard))
         while left:
-            claimed = []
+            claimed, has_taken = [], False
             for shard in left:
                 missing = self._take(shard)
                 if missing is None:
                     claimed.append(shard)
                 elif missing:
+                    has_taken = True
                     started = time.monotonic()
                     yield shard, missing
                     self._longest_s = max(self._longest_s, time.monotonic() - started)
             left = claimed
-            if left:
+            if left and not has_taken:
                 self.check()
                 time.sleep(POLL_S)
 
