@@ -159,7 +159,30 @@ def test_train_then_eval(store, call, tmp_path):
     assert set(scores["layers"]) == {"0", "2", "3"}
     assert 0 < scores["mean"]["fvu"] < scores["mean"]["fvu_k0"]
     assert picture.exists()
-    assert "FVU at k=0" in call("eval", tmp_path / "run", store, "--device", "cpu").out
+    assert "k=0" in call("eval", tmp_path / "run", store, "--device", "cpu").out
+
+
+def test_an_unfinished_store_is_trained_on_as_it_was(store, call, tmp_path):
+    """--resume goes on with the shards that were committed when the run began, whatever was committed since."""
+    unfinished = tmp_path / "unfinished.zarr"
+    subprocess.run(["cp", "-r", store, unfinished], check=True)
+    record = max(
+        (unfinished / "acts/resid_post/ledger").glob("c.0.*"), key=lambda p: int(p.name.split(".")[2])
+    )
+    text = record.read_bytes()
+    record.unlink()
+    arguments = train_arguments(unfinished, tmp_path / "run")
+    assert "partial=True (--partial)" in call(*arguments, code=1).err
+    assert "partial=True (--partial)" in call("info", unfinished, "--shuffle", code=1).err
+    quality = ("info", unfinished, "--shuffle", "--partial", "--json", "--batch-size", 256, "--run-chunks", 2)
+    assert json.loads(call(*quality).out)["shuffle"]["n_batches"] > 10
+    assert json.loads(call("bench", unfinished, "--seconds", 0.01, "--rounds", 1, "--json").out)["stream"] > 0
+    assert "finished after" in call(*arguments, "--partial").err
+    record.write_bytes(text)
+    assert "Nothing to do" in call(*arguments, "--partial", "--resume").err
+    assert "Nothing to do" in call(*arguments, "--resume").err
+    scores = json.loads(call("eval", tmp_path / "run", unfinished, "--json", "--device", "cpu").out)
+    assert 0 < scores["mean"]["fvu"] < 1
 
 
 def test_a_terminated_run_resumes_to_the_same_bits(store, tmp_path):

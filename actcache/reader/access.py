@@ -1,7 +1,7 @@
 """The store as a reader sees it: `actcache.open(path)`."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actcache.errors import UncommittedError, UsageError
-from actcache.reader.filters import RowRules, limits_from_ratio, resolve_positions
+from actcache.reader.filters import RowFilter, RowRules, limits_from_ratio, resolve_positions
 from actcache.reader.provenance import Provenance
-from actcache.reader.selection import Delivery, OrderName, Selection, Stack
+from actcache.reader.selection import Delivery, OrderName, Selection, Stack, parse_shards, shards_text
+from actcache.reader.shard_rows import ShardRows, iter_shard_rows
 from actcache.reader.stream import Stream
 from actcache.store.dtypes import disk_dtype
 from actcache.store.merged import LayerStatistics, layer_statistics, quantisation_errors
@@ -212,6 +213,8 @@ class Store:
         split: Split = "train",
         order: OrderName = "global",
         commit_shards: int = 4,
+        run_chunks: int = 1,
+        partial: bool | str = False,
         seed: int = 0,
         epochs: int | None = 1,
         window_rows: int = WINDOW_ROWS,
@@ -225,6 +228,7 @@ class Store:
         threads: int | None = None,
         io_threads: int | None = None,
         device: str = "cpu",
+        device_memory: int | None = None,
         dtype: torch.dtype | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -241,6 +245,10 @@ class Store:
             order: "global" mixes the whole split. "commit" goes through shards as they were planned, mixing the last
                 `commit_shards`: what somebody following a running build can have.
             commit_shards: see `order`.
+            run_chunks: adjacent chunks of a shard that come into the same window, and can be read in one request. Part of
+                the order: 1 mixes best; on object storage 4 to 16 make a quarter to a sixteenth of the requests.
+            partial: True: of an unfinished store, the shards that are committed now. They are part of the order, and
+                `stream.shards` says which; to go on with exactly them, give that text.
             seed: of the order.
             epochs: None goes on for ever. Each epoch has another order.
             window_rows: rows shuffled together; more is better mixed and takes more memory.
@@ -254,14 +262,16 @@ class Store:
             threads: that decode, and read local disks; None: 2, or 1 on a single core.
             io_threads: that wait for object storage, one request each; None: 16. Not used for local disks.
             device: where batches go.
+            device_memory: bound in bytes on windows in the memory of a GPU, where rows are then shuffled. None: a tenth of
+                the GPU, if two windows fit into that. 0: windows stay in this machine's memory.
             dtype: of the batches; None: as stored.
             rank: this reader's number.
             world_size: how many readers share the batches.
 
         Raises:
-            UncommittedError: the store is not finished.
+            UncommittedError: the store is not finished, and `partial` was not asked for.
             UsageError: an argument cannot be used.
-            MemoryBoundError: `memory` is too little; the message says how much would do.
+            MemoryBoundError: `memory` or `device_memory` is too little; the message says how much would do.
         """
         names = (hook,) if hook is None or isinstance(hook, str) else tuple(hook)
         captures = [self._capture(name) for name in names]
@@ -272,6 +282,7 @@ class Store:
             partitions=partitions,
             world_size=world_size,
             commit_shards=commit_shards,
+            run_chunks=run_chunks,
         )
         _check_choice("stack", stack, ("data", "feature", "layers"))
         _check_choice("order", order, ("global", "commit"))
@@ -280,21 +291,28 @@ class Store:
             raise UsageError(f"partitions={partitions}: expected at most {_MOST_PARTITIONS}")
         if partitions % world_size or not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}: world_size must divide partitions={partitions}")
-        for capture in captures:
-            self._check_committed(capture, split)
+        shards = self._shards_to_stream(captures, split, partial=partial, world_size=world_size)
         selection = Selection(
             hooks=tuple(found.capture.name for found in captures),
             layers=selected,
             stack=stack,
             split=split,
+            shards=None if len(shards) == len(self._shards(split)) else shards_text(shards),
             order=order,
             commit_shards=commit_shards if order == "commit" else 0,
+            run_chunks=run_chunks,
             seed=seed,
             batch_size=batch_size,
             window_rows=window_rows,
             partitions=partitions,
             rules=RowRules(
-                norm_limits=self._norm_limits(captures[0], selected, outlier_norm_ratio, norm_limits),
+                norm_limits=self._norm_limits(
+                    captures[0],
+                    shards if split == "train" else None,
+                    selected,
+                    outlier_norm_ratio,
+                    norm_limits,
+                ),
                 positions=resolve_positions(positions, self.plan.grid.seq_len),
                 exclude_tokens=None if exclude_tokens is None else tuple(sorted(set(exclude_tokens))),
             ),
@@ -307,10 +325,71 @@ class Store:
             io_threads=io_threads,
             dtype=dtype,
             device=device,
+            device_memory_bytes=device_memory,
             rank=rank,
             world_size=world_size,
         )
-        return Stream(captures, self._provenance, selection, delivery, self._catalog.shards.kept)
+        return Stream(
+            captures,
+            self._provenance,
+            selection,
+            delivery,
+            kept=self._catalog.shards.kept,
+            shards=np.array(shards, np.int64),
+        )
+
+    def iter_shards(
+        self,
+        split: Split = "holdout",
+        *,
+        hook: str | Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+        outlier_norm_ratio: float | None = None,
+        norm_limits: Mapping[int, float] | None = None,
+        positions: Sequence[int] | slice | None = None,
+        exclude_tokens: Sequence[int] | None = None,
+        n_tokens: int | None = None,
+    ) -> Iterator[ShardRows]:
+        """Kept tokens in the order of the text, one shard at a time, all layers aligned: for evaluations.
+
+        Filters are those of `stream`, and say which rows pass; none is left out. The first hook decides norm limits.
+        Memory: one layer of one shard for each call of `ShardRows.rows`.
+
+        Args:
+            split: "train" or "holdout".
+            hook: a capture, or several, aligned row for row.
+            layers: the model's layer numbers; None: all that are stored.
+            outlier_norm_ratio: rows whose norm exceeds this many times their layer's median do not pass.
+            norm_limits: or rows whose norm exceeds a number, given per layer.
+            positions: only these positions of a sequence pass.
+            exclude_tokens: these token ids do not pass.
+            n_tokens: stop after the sequence that completes so many kept tokens; None: the whole split.
+
+        Raises:
+            UncommittedError: the split is not finished.
+            UsageError: an argument cannot be used.
+        """
+        names = (hook,) if hook is None or isinstance(hook, str) else tuple(hook)
+        captures = [self._capture(name) for name in names]
+        selected = tuple(sorted(layers)) if layers is not None else captures[0].capture.layers
+        self._check_captures(captures, selected)
+        shards = self._shards_to_stream(captures, split, partial=False, world_size=1)
+        if not shards:
+            raise UsageError(
+                f"the {split} split of {self.url} holds no shards; build it with a larger --holdout"
+            )
+        rules = RowRules(
+            norm_limits=self._norm_limits(captures[0], None, selected, outlier_norm_ratio, norm_limits),
+            positions=resolve_positions(positions, self.plan.grid.seq_len),
+            exclude_tokens=None if exclude_tokens is None else tuple(sorted(set(exclude_tokens))),
+        )
+        lanes = [np.array([captures[0].layer_index(layer)]) for layer in selected]
+        row_filter = RowFilter(
+            captures[0], self._provenance.plan_object, self._catalog.shards.kept, rules, lanes
+        )
+        return iter_shard_rows(
+            self._catalog, self._provenance, captures, selected, shards, row_filter, n_tokens
+        )
 
     def _check_captures(self, captures: list[CaptureCatalog], layers: tuple[int, ...]) -> None:
         """UsageError where captures or layers cannot be streamed together."""
@@ -324,17 +403,40 @@ class Store:
         if len({found.capture.name for found in captures}) != len(captures) or not captures:
             raise UsageError(f"hook={[found.capture.name for found in captures]}: name each once")
 
-    def _check_committed(self, capture: CaptureCatalog, split: Split) -> None:
-        missing = sorted(set(self._shards(split)) - set(capture.committed()))
-        if missing:
-            raise UncommittedError(
-                f"{len(missing)} of {len(self._shards(split))} {split} shards of {capture.capture.name} in {self.url} "
-                f"are not committed yet (the first is {missing[0]}). Finish the build first: run the same command again."
+    def _shards_to_stream(
+        self, captures: list[CaptureCatalog], split: Split, *, partial: bool | str, world_size: int
+    ) -> list[int]:
+        """The shards of a split that every capture has committed; UncommittedError where that must be all and is not."""
+        wanted = self._shards(split) if isinstance(partial, bool) else parse_shards(partial)
+        if not set(wanted) <= set(self._shards(split)):
+            raise UsageError(
+                f"partial={partial!r}: the {split} split has shards {shards_text(self._shards(split)) or 'none'}"
             )
+        committed = set(wanted).intersection(*(found.committed() for found in captures))
+        missing = sorted(set(wanted) - committed)
+        if not missing:
+            return list(wanted)
+        if partial is not True:
+            raise UncommittedError(
+                f"{len(missing)} of {len(wanted)} {split} shards of {', '.join(c.capture.name for c in captures)} in "
+                f"{self.url} are not committed yet (the first is {missing[0]}). Finish the build first: run the same "
+                f"command again. Or stream what there is: partial=True (--partial)."
+            )
+        if not committed:
+            raise UncommittedError(
+                f"no {split} shard in {self.url} is committed yet: there is nothing to stream."
+            )
+        if world_size > 1:
+            raise UsageError(
+                "partial=True with several ranks: each might find other shards committed. Ask once, and give all ranks "
+                "that stream's text: partial=stream.shards"
+            )
+        return sorted(committed)
 
     def _norm_limits(
         self,
         capture: CaptureCatalog,
+        shards: Sequence[int] | None,
         layers: tuple[int, ...],
         ratio: float | None,
         limits: Mapping[int, float] | None,
@@ -348,7 +450,8 @@ class Store:
             return tuple(float(limits[layer]) for layer in layers)
         if ratio is None:
             return None
-        return limits_from_ratio(capture, self._catalog.shards.kept, self._shards("train"), layers, ratio)
+        of = self._shards("train") if shards is None else shards
+        return limits_from_ratio(capture, self._catalog.shards.kept, of, layers, ratio)
 
     def __enter__(self) -> Self:
         return self

@@ -100,7 +100,11 @@ class RowFilter:
 
 
 def limits_from_ratio(
-    catalog: CaptureCatalog, kept: NDArray[np.int64], shards: range, layers: tuple[int, ...], ratio: float
+    catalog: CaptureCatalog,
+    kept: NDArray[np.int64],
+    shards: Sequence[int],
+    layers: tuple[int, ...],
+    ratio: float,
 ) -> tuple[float, ...]:
     """Per layer, `ratio` times the median norm of kept rows: what counts as an outlier becomes a number.
 
@@ -110,10 +114,8 @@ def limits_from_ratio(
         raise UsageError(
             f"outlier_norm_ratio={ratio} would drop half of all rows; it is a multiple of the median norm, such as 10"
         )
-    spaced = np.unique(
-        np.linspace(shards.start, shards.stop - 1, min(len(shards), _SHARDS_FOR_MEDIAN)).astype(int)
-    )
-    norms = [catalog.side("norm", int(shard))[:, : kept[shard]] for shard in spaced]
+    spaced = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), _SHARDS_FOR_MEDIAN)).astype(int))
+    norms = [catalog.side("norm", shards[i])[:, : kept[shards[i]]] for i in spaced.tolist()]
     return tuple(
         float(np.median(np.concatenate([n[catalog.layer_index(layer)] for n in norms]))) * ratio
         for layer in layers

@@ -1,7 +1,7 @@
 """The order of rows: a pure function of what was selected, a seed, the epoch and the window. No files, no clocks.
 
-    chunks of each layer, in a keyed pseudo-random order      (Feistel: O(1) memory at any size)
-      -> windows of at most `groups` chunks from every layer  (equal sizes; each layer equally present)
+    runs of adjacent chunks of each layer, in a keyed pseudo-random order  (Feistel: O(1) memory at any size)
+      -> windows of at most `groups` runs from every layer    (equal sizes; each layer equally present)
       -> dealt to P partitions                                (what a rank reads)
       -> rows of each partition permuted by a keyed hash
       -> merged: row j of a partition of n rows at virtual time (j + 1/2) / n, ties by partition
@@ -43,6 +43,31 @@ def list_chunks(shards: I64, kept: I64, rows_per_chunk: int) -> ChunkList:
     return ChunkList(shard, chunk, n_rows)
 
 
+class Runs(NamedTuple):
+    """Adjacent chunks of one shard that stay together, so that they can be read together; mostly one chunk each.
+
+    first, n_chunks  [r]: index into the ChunkList of the first chunk, and how many.
+    """
+
+    first: I64
+    n_chunks: I64
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def listed(self, runs: I64) -> I64:
+        """Indices into the ChunkList of the chunks of some runs, run after run."""
+        counts = self.n_chunks[runs]
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(self.first[runs], counts) + within
+
+
+def runs_of(chunks: ChunkList, run_chunks: int) -> Runs:
+    """Chunks in runs of `run_chunks`, fewer at the end of a shard."""
+    first = np.flatnonzero(chunks.chunk % run_chunks == 0)
+    return Runs(first, np.diff(np.append(first, len(chunks))))
+
+
 class Members(NamedTuple):
     """The chunks of one window, in the order in which their rows are counted.
 
@@ -59,33 +84,34 @@ class Members(NamedTuple):
 class GlobalOrder:
     """The `global` order of one epoch.
 
-    n_chunks  chunks per layer.  n_layers  layers streamed side by side.
-    groups    the most chunks of each layer in a window; an epoch is cut into windows as equal as can be.
+    runs    of each layer, the same for all.  n_layers  layers streamed side by side.
+    groups  the most runs of each layer in a window; an epoch is cut into windows as equal as can be.
     """
 
     def __init__(
-        self, *, seed: int, epoch: int, n_chunks: int, n_layers: int, groups: int, partitions: int
+        self, *, seed: int, epoch: int, runs: Runs, n_layers: int, groups: int, partitions: int
     ) -> None:
-        self.n_chunks, self.n_layers, self.groups, self.partitions = n_chunks, n_layers, groups, partitions
+        self.runs, self.n_layers, self.groups, self.partitions = runs, n_layers, groups, partitions
         self._key = keyed.derive(seed, "global", epoch)
+
+    @property
+    def most_runs(self) -> int:
+        """The most runs of each layer in a window."""
+        return self.groups
 
     @property
     def n_windows(self) -> int:
         """Windows of an epoch."""
-        return -(-self.n_chunks // self.groups)
+        return -(-len(self.runs) // self.groups)
 
     def members(self, window: int) -> Members:
         """Which chunks a window holds, and who reads each."""
-        slots = np.arange(
-            window * self.n_chunks // self.n_windows, (window + 1) * self.n_chunks // self.n_windows
-        )
-        index = [
-            keyed.feistel(keyed.derive(self._key, "chunk", layer_i), slots, self.n_chunks)
-            for layer_i in range(self.n_layers)
-        ]
-        dealt = _deal(self._key, window, len(slots) * self.n_layers, self.partitions)
-        layer_i = np.repeat(np.arange(self.n_layers, dtype=np.int64), len(slots))
-        return Members(layer_i, np.concatenate(index), dealt)
+        n_runs = len(self.runs)
+        places = np.arange(window * n_runs // self.n_windows, (window + 1) * n_runs // self.n_windows)
+        keys = [keyed.derive(self._key, "chunk", layer_i) for layer_i in range(self.n_layers)]
+        chosen = keyed.feistel_each(keys, np.tile(places, (self.n_layers, 1)), n_runs)
+        layer_i = np.repeat(np.arange(self.n_layers, dtype=np.int64), len(places))
+        return _members(self.runs, layer_i, chosen.reshape(-1), self._key, window, self.partitions)
 
     def key_of(self, window: int) -> int:
         """The key under which the rows of a window are permuted."""
@@ -95,7 +121,7 @@ class GlobalOrder:
 class CommitOrder:
     """The `commit` order of one epoch: what a follower can read while shards are still being committed.
 
-    Shards come in plan order. Each one's chunks, permuted, are spread evenly over `depth * steps` consecutive windows,
+    Shards come in plan order. Each one's runs, permuted, are spread evenly over `depth * steps` consecutive windows,
     so that a window holds equal parts of the `depth` shards committed last: fewer in the first and last
     `(depth - 1) * steps` windows. Window w needs shards 0 .. w // steps only.
 
@@ -108,17 +134,23 @@ class CommitOrder:
         seed: int,
         epoch: int,
         chunks: ChunkList,
+        runs: Runs,
         n_layers: int,
         depth: int,
         steps: int,
         partitions: int,
     ) -> None:
-        self._chunks, self.n_layers, self.depth, self.steps = chunks, n_layers, depth, steps
+        self.runs, self.n_layers, self.depth, self.steps = runs, n_layers, depth, steps
         self.partitions = partitions
         self._shards, self._first, self._count = np.unique(
-            chunks.shard, return_index=True, return_counts=True
+            chunks.shard[runs.first], return_index=True, return_counts=True
         )
         self._key = keyed.derive(seed, "commit", epoch)
+
+    @property
+    def most_runs(self) -> int:
+        """The most runs of each layer in a window."""
+        return self.depth * -(-int(self._count.max()) // (self.depth * self.steps))
 
     @property
     def n_windows(self) -> int:
@@ -129,26 +161,31 @@ class CommitOrder:
         """Which chunks a window holds, and who reads each."""
         newest, span = window // self.steps, self.depth * self.steps
         layers: list[I64] = []
-        listed: list[I64] = []
+        chosen: list[I64] = []
         for i in range(max(0, newest - self.depth + 1), min(newest + 1, len(self._shards))):
             count, turn = int(self._count[i]), window - i * self.steps
             places = np.arange(turn * count // span, (turn + 1) * count // span)
             for layer_i in range(self.n_layers):
                 key = keyed.derive(self._key, "chunk", layer_i, int(self._shards[i]))
-                listed.append(self._first[i] + keyed.feistel(key, places, count))
+                chosen.append(self._first[i] + keyed.feistel(key, places, count))
                 layers.append(np.full(len(places), layer_i, dtype=np.int64))
-        n = sum(len(part) for part in listed)
-        return Members(
-            np.concatenate(layers), np.concatenate(listed), _deal(self._key, window, n, self.partitions)
-        )
+        layer_i, runs = np.concatenate(layers), np.concatenate(chosen)
+        return _members(self.runs, layer_i, runs, self._key, window, self.partitions)
 
     def key_of(self, window: int) -> int:
         """The key under which the rows of a window are permuted."""
         return keyed.derive(self._key, "rows", window)
 
 
+def _members(runs: Runs, layer_i: I64, chosen: I64, key: int, window: int, partitions: int) -> Members:
+    """The chunks of the runs `chosen` of layers `layer_i`; a run is read by one partition."""
+    counts = runs.n_chunks[chosen]
+    dealt = _deal(key, window, len(chosen), partitions)
+    return Members(np.repeat(layer_i, counts), runs.listed(chosen), np.repeat(dealt, counts))
+
+
 def _deal(key: int, window: int, n: int, partitions: int) -> I64:
-    """A partition for each of the n chunks of a window, as equally often as can be."""
+    """A partition for each of the n runs of a window, as equally often as can be."""
     dealt = np.empty(n, dtype=np.int64)
     dealt[keyed.permutation(keyed.derive(key, "deal", window), n)] = np.arange(n) % partitions
     return dealt
@@ -170,24 +207,26 @@ def arrange(key: int, n_rows: I64, partition: I64, partitions: int) -> Arrangeme
     total, starts = int(n_rows.sum()), np.cumsum(n_rows) - n_rows
     # Hash in the upper bits, row number below: unique keys, so any sort gives the same answer.
     row_bits = np.uint64(max(1, total.bit_length()))
-    row_mask = (np.uint64(1) << row_bits) - np.uint64(1)
-    hash_shift = np.uint64(row_bits + np.uint64(max(1, partitions.bit_length())))
-    keys = ((keyed.hash_u64(key, np.arange(total)) >> hash_shift) << row_bits) | np.arange(
-        total, dtype=np.uint64
-    )
-    permuted, times = [], []
-    for p in range(partitions):
-        mine = np.flatnonzero(partition == p)
-        own = np.concatenate([keys[:0], *(keys[starts[m] : starts[m] + n_rows[m]] for m in mine)])
-        own.sort()
-        permuted.append(own & row_mask)
-        times.append(np.arange(1, 2 * len(own), 2) / (2 * max(1, len(own))))
-    merged = np.argsort(
-        np.concatenate(times), kind="stable"
-    )  # equal times stay in the order of their partitions
+    hash_shift = row_bits + np.uint64(max(1, partitions.bit_length()))
+    number = np.arange(total, dtype=np.uint64)
+    keys = keyed.hash_u64(key, number)
+    keys >>= hash_shift
+    keys <<= row_bits
+    keys |= number
+    dealt = np.argsort(partition, kind="stable")
+    own = np.concatenate([keys[:0], *(keys[starts[m] : starts[m] + n_rows[m]] for m in dealt)])
+    counts = np.zeros(partitions, np.int64)
+    np.add.at(counts, partition, n_rows)
+    ends = np.cumsum(counts)
+    times = []
+    for end, n in zip(ends.tolist(), counts.tolist(), strict=True):
+        own[end - n : end].sort()
+        times.append(np.arange(1, 2 * n, 2) / (2 * max(1, n)))
+    own &= (np.uint64(1) << row_bits) - np.uint64(1)
+    # Equal times stay in the order of their partitions.
+    merged = np.argsort(np.concatenate(times), kind="stable")
     slot = np.empty(total, dtype=np.int64)
-    slot[np.concatenate(permuted)[merged].astype(np.int64)] = np.arange(total)
-    counts = [len(own) for own in permuted]
+    slot[own.astype(np.int64)[merged]] = np.arange(total)
     return Arrangement(slot, np.repeat(np.arange(partitions, dtype=np.int16), counts)[merged])
 
 
@@ -196,6 +235,6 @@ def steps_of(window_rows: int, n_layers: int, rows_per_chunk: int, most_chunks: 
     return max(1, round(most_chunks * n_layers * rows_per_chunk / window_rows))
 
 
-def groups_of(window_rows: int, n_layers: int, rows_per_chunk: int, n_chunks: int) -> int:
-    """Chunks of each layer in a window of `window_rows` rows, rounded up (or all there are)."""
-    return min(n_chunks, max(1, -(-window_rows // (n_layers * rows_per_chunk))))
+def groups_of(window_rows: int, n_layers: int, rows_per_run: int, n_runs: int) -> int:
+    """Runs of each layer in a window of `window_rows` rows, rounded up (or all there are)."""
+    return min(n_runs, max(1, -(-window_rows // (n_layers * rows_per_run))))

@@ -1,73 +1,35 @@
-"""One window being filled: chunks are read, checked, decoded and scattered to their shuffled place by threads.
+"""One window being filled: chunks are read, checked, decoded and brought to their shuffled place by threads.
 
 From a local disk the threads that decode also read. From object storage other threads (`Fetching`) wait for requests,
 many at once, and hand what came to those that decode; the bytes between them are bounded, however many wait.
 
-A buffer has `head` spare rows in front, where the rows left over from the window before are copied, so that every
-batch is one contiguous slice. Buffers are recycled when no tensor refers to them any more.
+Where rows land, in this machine's memory or on a device, is the `Window`'s business.
 """
 
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from actcache.errors import ActcacheError
+from actcache.errors import ActcacheError, UnreachableError
+from actcache.reader.buffers import Window
 from actcache.reader.counters import Counters
-from actcache.reader.order import Arrangement, Members
-from actcache.store.shard import ShardReader
+from actcache.reader.layout import Layout, Source, by_request, handfuls
+from actcache.store.local import LocalFiles
+from actcache.store.quantise import Quantised
 
-_CHUNKS_PER_JOB = 4
+JOB_BYTES = 2 << 20
+"""Decoded bytes that a thread takes on at a time."""
 _LIVENESS_S = 5.0
+_STALLED_S = 300.0
+"""Longer than any request to object storage is tried."""
 _READ_AHEAD_BYTES = 16 << 20
 
-
-class BufferPool:
-    """Row buffers [n, d] that are used again once every tensor made from them is gone."""
-
-    def __init__(self, n_rows: int, width: int, dtype: np.dtype[Any]) -> None:
-        self._shape, self._dtype = (n_rows, width), dtype
-        self._free: list[NDArray[Any]] = []
-        self._lock = threading.RLock()  # the collector may give a buffer back in the middle of `take`
-        self.n_allocated = 0
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of one buffer."""
-        return self._shape[0]
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of one buffer."""
-        return self._shape[0] * self._shape[1] * self._dtype.itemsize
-
-    @property
-    def n_free(self) -> int:
-        """Buffers nobody refers to."""
-        return len(self._free)
-
-    def take(self) -> NDArray[Any]:
-        """A view of a free buffer, or of a new one."""
-        with self._lock:
-            if self._free:
-                raw = self._free.pop()
-            else:
-                raw = np.empty(self._shape, self._dtype)
-                self.n_allocated += 1
-        view = raw[:]
-        weakref.finalize(view, self._give_back, raw).atexit = False
-        return view
-
-    def _give_back(self, raw: NDArray[Any]) -> None:
-        with self._lock:
-            self._free.append(raw)
+Body = bytes | memoryview
+T = TypeVar("T")
 
 
 class Room:
@@ -101,134 +63,114 @@ class Fetching(NamedTuple):
     room: Room
 
 
-class Lane(NamedTuple):
-    """Where the rows of one layer of one capture go: columns [column, column + d) of buffer number `buffer`."""
-
-    buffer: int
-    layer_index: int
-    column: int
-
-
-class Source(NamedTuple):
-    """One chunk of a window.
-
-    rows   which rows of the chunk are selected.
-    slots  where each goes, counted in this reader's own slots.
-    """
-
-    reader: ShardReader
-    lane: Lane
-    chunk: int
-    rows: NDArray[np.int64]
-    slots: NDArray[np.int64]
-
-
-class Layout(NamedTuple):
-    """What goes where in a window.
-
-    sources    the chunks this reader decodes.
-    layer      [n] int64 model layer of the row in each of this reader's slots (the first, where a row has several).
-    row        [n] int64 global row number of each.
-    partition  the partition of the row in each slot of the whole window, all ranks.
-    """
-
-    sources: list[Source]
-    layer: NDArray[np.int64]
-    row: NDArray[np.int64]
-    partition: NDArray[np.int16]
-
-
 class Fill:
-    """A window on its way into buffers. `wait` returns when every row is in place, or raises what went wrong.
+    """A window on its way. `wait` returns when every row has landed, or raises what went wrong.
 
-    views  one buffer per hook, [head + n, d].
+    chunk_bytes  of a decoded chunk.    files  of a local store.    name  what to call the window when something is wrong.
     """
 
     def __init__(
         self,
-        views: list[NDArray[Any]],
-        head: int,
+        window: Window,
         lay_out: Callable[[], Layout],
         pool: ThreadPoolExecutor,
         counters: Counters,
         *,
         chunk_bytes: int,
+        files: LocalFiles | None = None,
         fetching: Fetching | None = None,
+        name: str = "a window",
     ) -> None:
-        self.tensors: list[Tensor] = [torch.from_numpy(view) for view in views]
-        self.head = head
-        self.layout: Layout | None = None
-        self._views: list[NDArray[Any]] | None = views
-        self._pool, self._lay_out, self._counters = pool, lay_out, counters
-        self._fetching = fetching
+        self.window, self._name = window, name
+        self.error: BaseException | None = None
+        self._layout: Layout | None = None
+        self._pool, self._counters = pool, counters
+        self.files, self._fetching = files, fetching
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._n_jobs = 0
-        self.error: BaseException | None = None
-        self._n_ahead = max(1, _READ_AHEAD_BYTES // chunk_bytes)
-        pool.submit(self._open)
+        self.reading: dict[int, str] = {}  # thread -> what it reads
+        self._chunks_per_job = max(1, JOB_BYTES // chunk_bytes)
+        self._n_ahead = max(self._chunks_per_job, _READ_AHEAD_BYTES // chunk_bytes)
+        # `lay_out` is not kept: a stream that is dropped is freed without a garbage collection.
+        pool.submit(self._open, lay_out)
 
-    def _open(self) -> None:
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would not have to wait."""
+        return self._done.is_set()
+
+    def _open(self, lay_out: Callable[[], Layout]) -> None:
         started = perf_counter()
         try:
-            layout = self._lay_out()
-            self.layout = layout
+            layout = lay_out()
+            self._layout = layout
             self._counters.add(layout_s=perf_counter() - started)
-            jobs = _jobs(layout.sources, by_request=self._fetching is not None)
-            self._n_jobs = len(jobs)
-            if not jobs:
-                self._finish()
             if self._fetching is None:
-                self._will_need(layout.sources[: self._n_ahead])
-            for start, job in jobs:
-                if self._fetching is None:
-                    ahead = layout.sources[start + self._n_ahead :][: len(job)]
-                    self._pool.submit(self._scatter, job, ahead)
-                else:
-                    self._fetching.pool.submit(self._fetch, job, self._fetching.room)
+                self._begin_reading(layout.sources)
+            else:
+                self._begin_fetching(layout.sources, self._fetching)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             self._fail(error)
 
-    @staticmethod
-    def _will_need(sources: list[Source]) -> None:
-        for source in sources:
-            source.reader.will_need(source.lane.layer_index, source.chunk)
+    def _begin_reading(self, sources: list[Source]) -> None:
+        jobs = handfuls(sources, self._chunks_per_job)
+        self._expect(len(jobs))
+        self._will_need(sources[: self._n_ahead])
+        for start, job in jobs:
+            self._pool.submit(self._work, job, sources[start + self._n_ahead :][: len(job)])
+
+    def _begin_fetching(self, sources: list[Source], fetching: Fetching) -> None:
+        jobs = by_request(sources)
+        self._expect(len(jobs))
+        for job in jobs:
+            fetching.pool.submit(self._fetch, job, fetching.room)
+
+    def _expect(self, n_jobs: int) -> None:
+        self._n_jobs = n_jobs
+        if not n_jobs:
+            self._finish()
+
+    def _will_need(self, sources: list[Source]) -> None:
+        if self.files is not None:
+            for source in sources:
+                source.reader.will_need(*source.at, self.files)
 
     def _fetch(self, job: list[Source], room: Room) -> None:
         """What one request brings, on a thread that may wait."""
-        reader, wanted = job[0].reader, [(source.lane.layer_index, source.chunk) for source in job]
+        reader, wanted = job[0].reader, [source.at for source in job]
         n_bytes = sum(reader.n_bytes(*one) for one in wanted)
         if not room.take(n_bytes, lambda: self.error is not None):
             return
         try:
+            started = perf_counter()
+            self.reading[threading.get_ident()] = reader.key
             bodies = reader.fetch(wanted)
-            self._pool.submit(self._scatter_fetched, job, bodies, room, n_bytes)
+            del self.reading[threading.get_ident()]
+            self._counters.add(read_s=perf_counter() - started, n_requests=1)
+            self._pool.submit(self._work_on_fetched, job, bodies, room, n_bytes)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             room.give(n_bytes)
             self._fail(error)
 
-    def _scatter_fetched(
-        self, job: list[Source], bodies: list[bytes | memoryview], room: Room, n_bytes: int
-    ) -> None:
+    def _work_on_fetched(self, job: list[Source], bodies: list[Body], room: Room, n_bytes: int) -> None:
         try:
-            self._scatter(job, [], bodies)
+            self._work(job, [], bodies)
         finally:
             bodies.clear()
             room.give(n_bytes)
 
-    def _scatter(
-        self, job: list[Source], ahead: list[Source], bodies: list[bytes | memoryview] | None = None
-    ) -> None:
-        """Decode a few chunks to their place, and have those `_READ_AHEAD_BYTES` further on read meanwhile."""
+    def _work(self, job: list[Source], ahead: list[Source], bodies: list[Body] | None = None) -> None:
+        """Bring a few chunks to their place, and have those `_READ_AHEAD_BYTES` further on read meanwhile."""
         try:
-            views, scratch = self._views, None
-            if views is None:
+            if self.error is not None:
                 return
             self._will_need(ahead)
-            for i, source in enumerate(job):
-                if self.error is not None:
-                    return
-                scratch = self._place(source, views, scratch, None if bodies is None else bodies[i])
+            begun, decoding = perf_counter(), _Decoding(self, job, bodies)
+            self.window.land(job, decoding)
+            scatter_s = perf_counter() - begun - decoding.read_s - decoding.decode_s
+            self._counters.add(**decoding.sums(), scatter_s=scatter_s)
+            self.reading.pop(threading.get_ident(), None)
             with self._lock:
                 self._n_jobs -= 1
                 is_last = self._n_jobs == 0
@@ -237,38 +179,12 @@ class Fill:
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             self._fail(error)
 
-    def _place(
-        self,
-        source: Source,
-        views: list[NDArray[Any]],
-        scratch: NDArray[Any] | None,
-        body: bytes | memoryview | None,
-    ) -> NDArray[Any] | None:
-        """One chunk to its place; returns a scratch buffer the next one of the same capture may use."""
-        reader, lane = source.reader, source.lane
-        before = perf_counter()
-        at = (lane.layer_index, source.chunk)
-        out = scratch if scratch is not None and scratch.shape == reader.shape else None
-        rows = reader.read(*at, out) if body is None else reader.decode(*at, body, out)
-        decoded = perf_counter()
-        target = views[lane.buffer][self.head :]
-        if rows.shape[1] != target.shape[1]:
-            target = target[:, lane.column : lane.column + rows.shape[1]]
-        target[source.slots] = rows if len(source.rows) == len(rows) else rows[source.rows]
-        self._counters.add(
-            decode_s=decoded - before,
-            scatter_s=perf_counter() - decoded,
-            read_bytes=int(reader.chunks.length[lane.layer_index, source.chunk]),
-            row_bytes=len(source.rows) * rows.shape[1] * rows.itemsize,
-        )
-        return rows if rows.flags.writeable else None
-
     def _fail(self, error: BaseException) -> None:
         self.error = self.error or error
         self._finish()
 
     def _finish(self) -> None:
-        self._views = None  # the tensors alone keep the buffers from now on
+        self.window.seal()
         self._wake()
 
     def _wake(self) -> None:
@@ -282,66 +198,72 @@ class Fill:
         self._wake()
 
     def wait(self) -> Layout:
-        """Wait until the window is whole."""
+        """Wait until the window is whole.
+
+        Raises:
+            UnreachableError: no chunk of it came for five minutes; names those that are being read.
+        """
+        left, since = self._n_jobs, perf_counter()
         while not self._done.wait(_LIVENESS_S):
             if self._pool._shutdown:
                 raise ActcacheError("the stream was closed while its consumer was waiting for a window")
+            if self._n_jobs != left:
+                left, since = self._n_jobs, perf_counter()
+            elif perf_counter() - since > _STALLED_S:
+                reading = ", ".join(sorted(set(self.reading.values()))) or "nothing"
+                self.cancel(f"{self._name} was given up")
+                raise UnreachableError(
+                    f"no chunk of {self._name} came for {_STALLED_S:.0f} s; threads are reading {reading}. Is the disk "
+                    f"or the network file system that holds the store still there? Go on from the last cursor."
+                )
         if self.error is not None:
             raise self.error
-        assert self.layout is not None
-        return self.layout
+        assert self._layout is not None
+        return self._layout
 
 
-def _jobs(sources: list[Source], *, by_request: bool) -> list[tuple[int, list[Source]]]:
-    """Handfuls of sources with the number of each one's first; by request, those of a shard that lie side by side."""
-    if not by_request:
-        starts = range(0, len(sources), _CHUNKS_PER_JOB)
-        return [(start, sources[start : start + _CHUNKS_PER_JOB]) for start in starts]
-    of_shard: dict[int, list[Source]] = {}
-    for source in sources:
-        of_shard.setdefault(id(source.reader), []).append(source)
-    return [
-        (0, [found[i] for i in parts])
-        for found in of_shard.values()
-        for parts in found[0].reader.requests([(one.lane.layer_index, one.chunk) for one in found])
-    ]
+class _Stopped(Exception):
+    """Not an error: something else went wrong, or nobody wants the window any more."""
 
 
-def lay_out(
-    members: Members,
-    arrangement: Arrangement,
-    selected: Sequence[NDArray[np.int64]],
-    *,
-    lanes: Sequence[Sequence[Lane]],
-    readers: Callable[[int, int], ShardReader],
-    shard: NDArray[np.int64],
-    chunk: NDArray[np.int64],
-    layer: NDArray[np.int64],
-    first_row: NDArray[np.int64],
-    is_mine: NDArray[np.bool_],
-) -> Layout:
-    """Turn an arrangement into work for the threads.
+class _Decoding:
+    """The chunks of one job, one after the other, and what that took. See `Decoded`."""
 
-    selected   per member, the selected rows within its chunk.    lanes  per order lane, what a member of it reads.
-    readers    (buffer, shard) -> the reader of that shard of the buffer's capture.
-    shard, chunk, layer, first_row  [m] of each member: its shard, chunk, model layer, and row number of its first row.
-    is_mine    [P] which partitions this rank reads.
-    """
-    mine = is_mine[arrangement.partition]
-    own_slot = np.cumsum(mine) - 1  # slot of the window -> slot among this rank's
-    n_own = int(mine.sum())
-    out_layer, out_row = np.empty(n_own, np.int64), np.empty(n_own, np.int64)
-    sources: list[Source] = []
-    start = 0
-    for m, rows in enumerate(selected):
-        slots = arrangement.slot[start : start + len(rows)]
-        start += len(rows)
-        if not is_mine[members.partition[m]] or not len(rows):
-            continue
-        slots = own_slot[slots]
-        out_layer[slots], out_row[slots] = layer[m], first_row[m] + rows
-        sources += [
-            Source(readers(lane.buffer, int(shard[m])), lane, int(chunk[m]), rows, slots)
-            for lane in lanes[members.layer_i[m]]
-        ]
-    return Layout(sources, out_layer, out_row, arrangement.partition)
+    def __init__(self, fill: Fill, job: list[Source], bodies: Sequence[Body] | None) -> None:
+        self._fill, self._job, self._bodies = fill, job, bodies
+        self.read_s = self.decode_s = 0.0
+        self._read_bytes = self._row_bytes = 0
+
+    def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
+        """Rows [r, d] of a chunk: in `out` where they had to be decoded."""
+        return self._timed(number, lambda source, body: source.reader.decode(*source.at, body, out))
+
+    def codes_of(self, number: int) -> Quantised:
+        """A quantised chunk in codes."""
+        return self._timed(number, lambda source, body: source.reader.decode_codes(*source.at, body))
+
+    def _timed(self, number: int, decode: Callable[[Source, Body], T]) -> T:
+        if self._fill.error is not None:
+            raise _Stopped
+        source, begun = self._job[number], perf_counter()
+        self._fill.reading[threading.get_ident()] = source.reader.key
+        if self._bodies is None:
+            body = source.reader.load(*source.at, files=self._fill.files)
+        else:
+            body = self._bodies[number]
+        loaded = perf_counter()
+        found = decode(source, body)
+        self.read_s += loaded - begun
+        self.decode_s += perf_counter() - loaded
+        self._read_bytes += source.reader.n_bytes(*source.at)
+        self._row_bytes += len(source.slots) * source.reader.row_bytes
+        return found
+
+    def sums(self) -> dict[str, float]:
+        """For the counters."""
+        return {
+            "read_s": self.read_s,
+            "decode_s": self.decode_s,
+            "read_bytes": self._read_bytes,
+            "row_bytes": self._row_bytes,
+        }

@@ -8,6 +8,7 @@ generators", OOPSLA 2014), applied twice with a key between.
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +26,26 @@ def derive(seed: int, *labels: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * _M1
-    x = (x ^ (x >> np.uint64(27))) * _M2
-    return x ^ (x >> np.uint64(31))
+def _mix(x: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> None:
+    """Replace x by its hash. In place: memory touched for the first time costs more than the arithmetic."""
+    for shift, factor in ((np.uint64(30), _M1), (np.uint64(27), _M2), (np.uint64(31), None)):
+        np.right_shift(x, shift, out=scratch)
+        np.bitwise_xor(x, scratch, out=x)
+        if factor is not None:
+            np.multiply(x, factor, out=x)
 
 
-def hash_u64(key: int, counter: NDArray[np.integer]) -> NDArray[np.uint64]:
-    """A uniform 64-bit hash of every counter under `key`. Shape as given."""
-    x = np.asarray(counter).astype(np.uint64)
-    k = np.uint64(key & _MASK)
-    return _mix(_mix(x * _GOLDEN + k) ^ k)
+def hash_u64(key: int | NDArray[np.uint64], counter: NDArray[np.integer]) -> NDArray[np.uint64]:
+    """A uniform 64-bit hash of every counter under `key`, or under the key that stands opposite. Shape as given."""
+    k = np.uint64(key & _MASK) if isinstance(key, int) else key
+    x = np.atleast_1d(np.asarray(counter).astype(np.uint64))
+    x *= _GOLDEN
+    x += k
+    scratch = np.empty_like(x)
+    _mix(x, scratch)
+    x ^= k
+    _mix(x, scratch)
+    return x.reshape(np.shape(counter))
 
 
 def permutation(key: int, n: int) -> NDArray[np.int64]:
@@ -49,16 +59,24 @@ def feistel(key: int, index: NDArray[np.integer], n: int) -> NDArray[np.int64]:
     A balanced Feistel network over the next even power of two, walked until it lands below `n`
     (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
+    return feistel_each([key], np.asarray(index)[None], n)[0]
+
+
+def feistel_each(keys: Sequence[int], index: NDArray[np.integer], n: int) -> NDArray[np.int64]:
+    """`feistel` under several keys at once: row i of `index` [keys, m] under key i."""
     half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = [derive(key, "feistel", r) for r in range(_FEISTEL_ROUNDS)]
+    rounds = np.array(
+        [[derive(key, "feistel", r) for key in keys] for r in range(_FEISTEL_ROUNDS)], np.uint64
+    )
     out = np.asarray(index).astype(np.uint64)
     todo = np.ones(out.shape, dtype=bool)
     while todo.any():
+        of_key = np.nonzero(todo)[0]
         x = out[todo]
         left, right = x >> half, x & mask
-        for k in keys:
-            left, right = right, left ^ (hash_u64(k, right) & mask)
+        for key in rounds:
+            left, right = right, left ^ (hash_u64(key[of_key], right) & mask)
         out[todo] = (left << half) | right
         todo[todo] = out[todo] >= np.uint64(n)
     return out.astype(np.int64)

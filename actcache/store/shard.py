@@ -129,12 +129,10 @@ class ShardReader:
     ) -> None:
         self._objects, self._files, self.key, self.chunks = objects, files, key, chunks
         self._codec, self.shape, self.quantised = codec, shape, quantised
-        self._offset, self._stored = chunks.offset, chunks.stored
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
+        self.dtype = codec.dtype if quantised is None else disk_dtype(quantised)
         """Of the rows that are handed out: bfloat16 is its bits."""
-        return self._codec.dtype if self.quantised is None else disk_dtype(self.quantised)
+        self.row_bytes = shape[1] * self.dtype.itemsize
+        self._offset, self._stored = chunks.offset, chunks.stored
 
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows [R, d] of one chunk; DamageError where a byte differs from what was committed.
@@ -142,11 +140,11 @@ class ShardReader:
         They are in `out` where something had to be decoded, else (codec `none`) a read-only view of the bytes read, good
         until this thread reads again.
         """
-        return self.decode(layer_i, chunk, self._bytes(layer_i, chunk), out)
+        return self.decode(layer_i, chunk, self.load(layer_i, chunk), out)
 
     def read_codes(self, layer_i: int, chunk: int) -> Quantised:
         """Of a quantised shard, one chunk in codes, with what turns them into rows; good until this thread reads again."""
-        return self.decode_codes(layer_i, chunk, self._bytes(layer_i, chunk))
+        return self.decode_codes(layer_i, chunk, self.load(layer_i, chunk))
 
     def requests(self, wanted: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Which of the chunks `wanted` (layer index, chunk) to fetch together: those that lie side by side."""
@@ -166,11 +164,18 @@ class ShardReader:
         except FileNotFoundError as error:
             raise DamageError(f"{self.key} is committed but missing. {_ASK_VERIFY}") from error
 
-    def _bytes(self, layer_i: int, chunk: int, *, fresh: bool = False) -> Any:
-        if self._files is None:
+    def load(
+        self, layer_i: int, chunk: int, *, fresh: bool = False, files: LocalFiles | None = None
+    ) -> bytes | memoryview:
+        """Bytes of one chunk, not yet compared with anything: for `decode`, before this thread loads again.
+
+        files  to read a local store with, in place of the reader's own.
+        """
+        files = files or self._files
+        if files is None:
             return self.fetch([(layer_i, chunk)], fresh=fresh)[0]
         try:
-            return self._files.read(self.key, *self._range(layer_i, chunk))
+            return files.read(self.key, *self._range(layer_i, chunk), fresh=fresh)
         except FileNotFoundError as error:
             raise DamageError(f"{self.key} is committed but missing. {_ASK_VERIFY}") from error
 
@@ -185,7 +190,7 @@ class ShardReader:
         found = memoryview(data)
         problem = self._problem(layer_i, chunk, found)
         if problem:
-            found = memoryview(self._bytes(layer_i, chunk, fresh=True))
+            found = memoryview(self.load(layer_i, chunk, fresh=True))
             problem = self._problem(layer_i, chunk, found)
         if problem:
             raise chunk_damage(self.key, layer_i, chunk, problem)
@@ -216,11 +221,9 @@ class ShardReader:
         except ValueError as error:
             raise chunk_damage(self.key, layer_i, chunk, f"cannot be decoded: {error}") from error
 
-    def will_need(self, layer_i: int, chunk: int) -> None:
+    def will_need(self, layer_i: int, chunk: int, files: LocalFiles) -> None:
         """Tell the operating system that a chunk will be read soon; does nothing where there is no way to."""
-        if self._files is not None:
-            start, n_bytes = int(self._offset[layer_i, chunk]), int(self._stored[layer_i, chunk])
-            self._files.will_need(self.key, start, n_bytes)
+        files.will_need(self.key, int(self._offset[layer_i, chunk]), int(self._stored[layer_i, chunk]))
 
 
 def chunk_problem(chunks: Chunks, at: tuple[int, int], data: memoryview) -> str | None:

@@ -1,5 +1,6 @@
 """docs/explanation/order.md, followed in plain Python, against a real stream."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -28,20 +29,24 @@ def test_feistel_of_the_page_is_a_permutation(page, n):
     assert sorted(page["feistel"](7, i, n) for i in range(n)) == list(range(n))
 
 
-def rows_in_order(page, chunks, *, seed, epoch, window_rows, partitions, rows_per_chunk):
+def rows_in_order(page, chunks, *, seed, epoch, window_rows, run_chunks, partitions, rows_per_chunk):
     """(layer index, shard, row within it) of every slot, as the page's five steps say."""
 
     def permutation(key, n):
         return sorted(range(n), key=lambda i: page["hash_u64"](key, i))
 
-    derive, n = page["derive"], len(chunks)
+    runs = [
+        list(run)
+        for _, run in itertools.groupby(chunks, key=lambda found: (found[0], found[1] // run_chunks))
+    ]
+    derive, n = page["derive"], len(runs)
     key = derive(seed, "global", epoch)
-    g = min(n, max(1, math.ceil(window_rows / (len(LAYERS) * rows_per_chunk))))
+    g = min(n, max(1, math.ceil(window_rows / (len(LAYERS) * run_chunks * rows_per_chunk))))
     n_windows = -(-n // g)
     for w in range(n_windows):
         places = range(w * n // n_windows, (w + 1) * n // n_windows)
         members = [
-            (i, *chunks[page["feistel"](derive(key, "chunk", i), place, n)])
+            (i, runs[page["feistel"](derive(key, "chunk", i), place, n)])
             for i in range(len(LAYERS))
             for place in places
         ]
@@ -50,7 +55,8 @@ def rows_in_order(page, chunks, *, seed, epoch, window_rows, partitions, rows_pe
         }
         rows = [
             (partition[c], i, shard, chunk * rows_per_chunk + r)
-            for c, (i, shard, chunk, n_rows) in enumerate(members)
+            for c, (i, run) in enumerate(members)
+            for shard, chunk, n_rows in run
             for r in range(n_rows)
         ]
         left_out = len(rows).bit_length() + partitions.bit_length()
@@ -64,8 +70,11 @@ def rows_in_order(page, chunks, *, seed, epoch, window_rows, partitions, rows_pe
         yield from (rows[number][1:] for _, _, number in sorted(slots))
 
 
-@pytest.mark.parametrize(("window_rows", "partitions", "epoch"), [(10_000, 8, 0), (48, 3, 1), (1, 1, 0)])
-def test_the_page_says_which_row_comes_when(tmp_path, page, window_rows, partitions, epoch):
+@pytest.mark.parametrize(
+    ("window_rows", "run_chunks", "partitions", "epoch"),
+    [(10_000, 1, 8, 0), (48, 1, 3, 1), (1, 1, 1, 0), (48, 3, 3, 1), (10_000, 2, 8, 0)],
+)
+def test_the_page_says_which_row_comes_when(tmp_path, page, window_rows, run_chunks, partitions, epoch):
     truth = write_store(tmp_path / "t.zarr", n_sequences=30, seq_len=8, per_shard=4, rows_per_chunk=8)
     catalog, grid = open_catalog(str(truth.root)), truth.grid
     chunks = [
@@ -81,6 +90,7 @@ def test_the_page_says_which_row_comes_when(tmp_path, page, window_rows, partiti
         seed=3,
         epoch=epoch,
         window_rows=window_rows,
+        run_chunks=run_chunks,
         partitions=partitions,
         rows_per_chunk=8,
     ):
@@ -88,7 +98,12 @@ def test_the_page_says_which_row_comes_when(tmp_path, page, window_rows, partiti
         expected.append((LAYERS[layer_i], *place))
     store = actcache.open(truth.root)
     with store.stream(
-        batch_size=50, seed=3, window_rows=window_rows, partitions=partitions, epochs=epoch + 1
+        batch_size=50,
+        seed=3,
+        window_rows=window_rows,
+        run_chunks=run_chunks,
+        partitions=partitions,
+        epochs=epoch + 1,
     ) as stream:
         stream.set_epoch(epoch)
         found = [np.stack([batch.layer, batch.sequence, batch.position], 1) for batch in stream]

@@ -1,9 +1,13 @@
 """What goes wrong in a thread reaches the consumer as itself, soon, and leaves the cursor where it was."""
 
+import errno
+import os
+import re
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +15,8 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache.errors import ActcacheError, DamageError
+from actcache.errors import ActcacheError, DamageError, UnreachableError
+from actcache.reader import filling, window
 from actcache.store.shard import ShardReader
 from tests.conftest import check_rows, write_store
 from tests.reader.test_stream import SMALL, stream_threads, wait_until
@@ -72,27 +77,27 @@ def test_an_error_seen_while_reading_ahead_is_raised_once(truth):
     """It comes before its window is reached, and is not raised again where the second try succeeds."""
     with actcache.open(truth.root).stream(**SMALL) as stream:
         expected = [check_rows(truth, batch) for batch in stream]
-    for window in range(1, 4):
+    for failing_window in range(1, 4):
         error = InjectedError("a bad sector")
         with actcache.open(truth.root).stream(**SMALL) as stream:
-            lay_out = stream._lay_out
+            lay_out = stream._filling._lay_out
 
-            def failing(epoch, number, window=window, error=error, lay_out=lay_out):
-                if number == window:
+            def failing(epoch, number, bad=failing_window, error=error, lay_out=lay_out):
+                if number == bad:
                     raise error
                 return lay_out(epoch, number)
 
-            stream._lay_out = failing
+            stream._filling._lay_out = failing
             found, raised = [], None
             try:
                 for batch in stream:
                     found.append(check_rows(truth, batch))
-                    wait_until(lambda stream=stream: all(f._done.is_set() for f in stream._fills.values()))
+                    wait_until(lambda stream=stream: all(f.is_done for f in stream._filling._fills.values()))
             except InjectedError as caught:
                 raised = caught
             assert raised is error
-            assert stream.state_dict()["window"] == window - 1
-            stream._lay_out = lay_out
+            assert stream.state_dict()["window"] == failing_window - 1
+            stream._filling._lay_out = lay_out
             found.extend(check_rows(truth, batch) for batch in stream)
         assert len(found) == len(expected)
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -105,7 +110,7 @@ class failing_read:
         self.n, self.error, self.n_reads = n, error, 0
 
     def __enter__(self):
-        self.patch, read, lock = pytest.MonkeyPatch(), ShardReader.read, threading.Lock()
+        self.patch, read, lock = pytest.MonkeyPatch(), ShardReader.load, threading.Lock()
 
         def failing(reader, *args, **kwargs):
             with lock:
@@ -114,7 +119,7 @@ class failing_read:
                 raise self.error
             return read(reader, *args, **kwargs)
 
-        self.patch.setattr(ShardReader, "read", failing)
+        self.patch.setattr(ShardReader, "load", failing)
         return self
 
     def __exit__(self, *exc):
@@ -131,16 +136,112 @@ def test_an_error_in_a_thread_surfaces_as_itself(truth, error):
     assert not stream_threads()
 
 
+def test_a_dead_disk_is_heard_of_within_a_second(truth):
+    """The system's own error, from a thread, while the consumer waits for a window; nothing is left running."""
+    for errno_ in (errno.EIO, errno.ESTALE, errno.ENODEV):
+        error = OSError(errno_, os.strerror(errno_), "the disk")
+        with failing_read(9, error), actcache.open(truth.root).stream(**SMALL, threads=2) as stream:
+            started = time.perf_counter()
+            _, raised = consume(truth, stream)
+            assert time.perf_counter() - started < 1
+        assert raised is error
+        assert not stream_threads()
+
+
+def test_a_read_that_never_ends_is_named(truth, monkeypatch):
+    """A network file system that hangs: after a while the wait says for what, and closing does not wait for it."""
+    monkeypatch.setattr(window, "_LIVENESS_S", 0.02)
+    monkeypatch.setattr(window, "_STALLED_S", 0.1)
+    monkeypatch.setattr(filling, "_CLOSE_S", 0.1)
+    gate, load = threading.Event(), ShardReader.load
+
+    def stuck(self, *args, **kwargs):
+        gate.wait(30)
+        return load(self, *args, **kwargs)
+
+    monkeypatch.setattr(ShardReader, "load", stuck)
+    try:
+        with actcache.open(truth.root).stream(**SMALL, threads=1) as stream:
+            _, raised = consume(truth, stream)
+            assert isinstance(raised, UnreachableError)
+            assert "window 0 of epoch 0" in str(raised)
+            assert re.search(r"reading acts/resid_post/rows/c\.0\.\d\.0", str(raised))
+            assert stream.state_dict()["slot"] == 0
+        assert stream_threads()
+    finally:
+        gate.set()
+    wait_until(lambda: not stream_threads())
+
+
+def test_a_slow_disk_is_not_a_dead_one(truth, monkeypatch):
+    """As long as anything comes, the wait goes on."""
+    monkeypatch.setattr(window, "_LIVENESS_S", 0.001)
+    monkeypatch.setattr(window, "_STALLED_S", 0.2)
+    monkeypatch.setattr(window, "JOB_BYTES", 1)
+    load = ShardReader.load
+
+    def slow(self, *args, **kwargs):
+        threading.Event().wait(0.03)
+        return load(self, *args, **kwargs)
+
+    monkeypatch.setattr(ShardReader, "load", slow)
+    with actcache.open(truth.root).stream(**SMALL | {"window_rows": 1 << 20}, threads=1) as stream:
+        assert len(np.concatenate([check_rows(truth, batch) for batch in stream])) == stream.n_rows
+
+
 def test_an_error_while_laying_out_surfaces_as_itself(truth, monkeypatch):
     error = InjectedError("layout")
 
     def broken(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("actcache.reader.stream.arrange", broken)
+    monkeypatch.setattr("actcache.reader.filling.arrange", broken)
     with actcache.open(truth.root).stream(**SMALL) as stream:
         _, raised = consume(truth, stream)
     assert raised is error
+
+
+@pytest.mark.parametrize("leave", ["close", "break", "forget"])
+def test_leaving_early_leaves_no_thread_handle_or_memory(tmp_path, leave):
+    """However one leaves: closing, breaking out of the loop, or just dropping the stream."""
+    truth = write_store(
+        tmp_path / "s.zarr", n_sequences=64, seq_len=32, width=64, rows_per_chunk=64, codec="none"
+    )
+
+    kept = []
+
+    def use(n):
+        kept.clear()
+        stream = actcache.open(truth.root).stream(batch_size=32, window_rows=512, epochs=None, threads=4)
+        for i, batch in enumerate(stream):
+            assert len(batch) == 32
+            if i == n:
+                kept.append(batch)  # keeps its window, not the stream
+                break
+        if leave == "close":
+            stream.close()
+        elif leave == "break":
+            with stream:
+                pass
+
+    use(1)  # what is imported and compiled once
+    wait_until(lambda: not stream_threads())  # without a garbage collection
+    handles = sorted(Path("/proc/self/fd").iterdir())
+    tracemalloc.start()
+    try:
+        use(1)
+        wait_until(lambda: not stream_threads())
+        kept.clear()
+        before = tracemalloc.get_traced_memory()[0]
+        for n in (0, 3, 40):
+            use(n)
+        wait_until(lambda: not stream_threads())
+        kept.clear()
+        after = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert sorted(Path("/proc/self/fd").iterdir()) == handles
+    assert after - before < 64 * 512 * 2  # not one window of three streams
 
 
 def test_closing_wakes_a_consumer_that_waits(truth):
@@ -153,7 +254,7 @@ def test_closing_wakes_a_consumer_that_waits(truth):
         raise InjectedError("too late to matter")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardReader, "read", stuck)
+        patch.setattr(ShardReader, "load", stuck)
         stream = actcache.open(truth.root).stream(**SMALL)
 
         def work():
@@ -165,21 +266,24 @@ def test_closing_wakes_a_consumer_that_waits(truth):
         consumer = threading.Thread(target=work)
         consumer.start()
         assert reading.wait(5)
-        gate.set()
-        stream.close()
-        consumer.join(10)
+        closing = threading.Thread(target=stream.close)
+        closing.start()
+        consumer.join(4)  # it does not wait for the read, nor for the next look at whether threads live
         assert not consumer.is_alive()
+        gate.set()
+        closing.join(10)
     assert len(outcome) == 1
+    assert "was closed, or moved" in str(outcome[0])
 
 
 FORK = """
 import os, sys, threading
 import actcache
 from actcache.errors import UsageError
-from actcache.reader.stream import Stream
+from actcache.reader.filling import Filling
 from actcache.store.shard import ShardReader
 
-gate, reading, read, start = threading.Event(), threading.Event(), ShardReader.read, Stream._start
+gate, reading, read, start = threading.Event(), threading.Event(), ShardReader.load, Filling._begin
 started = []
 
 def counted(self, *args):
@@ -192,7 +296,7 @@ def gated(self, *args, **kwargs):
         gate.wait(30)
     return read(self, *args, **kwargs)
 
-ShardReader.read, Stream._start = gated, counted
+ShardReader.load, Filling._begin = gated, counted
 stream = actcache.open(sys.argv[1]).stream(batch_size=7, window_rows=32, threads=1, epochs=None)
 batches = iter(stream)
 next(batches)

@@ -4,13 +4,84 @@ import hashlib
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.reader.order import GlobalOrder, arrange, groups_of, list_chunks
+from actcache.reader.order import CommitOrder, GlobalOrder, Runs, arrange, groups_of, list_chunks, runs_of
 from actcache.store import keyed
 
 GOLDEN = "625c26614302dd0609e7f44689fa719c7c570dc14dbda05700686a9cb7ea00be"
+"""Of the first 10,000 row numbers of one order: changed by nothing, ever, but a new name for a new order."""
+OTHERS = {
+    ("global", 4): "349c851fd47a5e11ef14591d4d2f0c70afb03fc28747d4a1a7f9644d4bd986e8",
+    ("commit", 1): "980c7364a6612dd0f12ad1842afa36fafa1d5aa3d9e8f5619392cbcb04cb4c68",
+    ("commit", 3): "98d852257313082cdaf0c66d67766ea7e8b052877a74824c2fab91fe80112438",
+}
+
+
+def ids_in_windows(order, chunks, windows):
+    """(layer index, chunk, row of it) as one number, for every row in some windows of an order."""
+    for window in windows:
+        members = order.members(window)
+        counts = chunks.n_rows[members.listed]
+        arranged = arrange(order.key_of(window), counts, members.partition, order.partitions)
+        ids = np.repeat((members.layer_i * len(chunks) + members.listed) * 64, counts)
+        ids += np.concatenate([counts[:0], *(np.arange(n) for n in counts)])
+        out = np.empty_like(ids)
+        out[arranged.slot] = ids
+        yield out, arranged
+
+
+@pytest.mark.parametrize(("name", "run_chunks"), OTHERS)
+def test_the_other_orders_never_change_either(name, run_chunks):
+    """31 shards, of 1,001 chunks in all; runs are cut short at the end of a shard."""
+    chunks = list_chunks(np.arange(2, 33), 2000 + 40 * (np.arange(31) % 3), 64)
+    common = {"seed": 0, "epoch": 0, "n_layers": 3, "partitions": 8, "runs": runs_of(chunks, run_chunks)}
+    if name == "global":
+        order = GlobalOrder(**common, groups=9)
+    else:
+        order = CommitOrder(**common, chunks=chunks, depth=4, steps=2)
+    windows = range(order.n_windows)
+    first = np.concatenate([ids for ids, _ in ids_in_windows(order, chunks, windows)])[:10_000]
+    assert len(first) == 10_000
+    assert hashlib.sha256(first.astype("<i8").tobytes()).hexdigest() == OTHERS[name, run_chunks]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kept=st.lists(st.integers(0, 60), min_size=1, max_size=9).filter(any),
+    run_chunks=st.integers(1, 9),
+    n_layers=st.integers(1, 3),
+    partitions=st.sampled_from([1, 2, 8]),
+    name=st.sampled_from(["global", "commit"]),
+    size=st.integers(1, 9),
+)
+def test_runs_stay_together(kept, run_chunks, n_layers, partitions, name, size):
+    """In one window and one partition; and every chunk comes once, whatever the run length."""
+    chunks = list_chunks(np.arange(len(kept)), np.array(kept), 7)
+    runs = runs_of(chunks, run_chunks)
+    common = {"seed": 5, "epoch": 1, "n_layers": n_layers, "partitions": partitions, "runs": runs}
+    if name == "global":
+        order = GlobalOrder(**common, groups=min(size, len(runs)))
+    else:
+        order = CommitOrder(**common, chunks=chunks, depth=size, steps=2)
+    seen, places = [], {}
+    for window in range(order.n_windows):
+        members = order.members(window)
+        begins = np.isin(members.listed, runs.first)
+        n_runs = np.bincount(members.layer_i[begins], minlength=n_layers)
+        assert (n_runs == n_runs[0]).all()  # each layer equally present
+        assert n_runs[0] <= order.most_runs
+        for layer, listed, partition in zip(*members, strict=True):
+            seen.append((int(layer), int(listed)))
+            places[layer, listed] = (window, int(partition))
+    assert sorted(seen) == [(layer, c) for layer in range(n_layers) for c in range(len(chunks))]
+    for layer in range(n_layers):
+        for first, n in zip(*runs, strict=True):
+            shards = chunks.shard[first : first + n]
+            assert (shards == shards[0]).all()
+            assert len({places[layer, c] for c in range(first, first + n)}) == 1
 
 
 def row_ids(
@@ -18,7 +89,12 @@ def row_ids(
 ):
     """(layer index, chunk, row of it) as one number, for every row in the order."""
     order = GlobalOrder(
-        seed=seed, epoch=epoch, n_chunks=n_chunks, n_layers=n_layers, groups=groups, partitions=partitions
+        seed=seed,
+        epoch=epoch,
+        runs=Runs(np.arange(n_chunks), np.ones(n_chunks, np.int64)),
+        n_layers=n_layers,
+        groups=groups,
+        partitions=partitions,
     )
     for window in range(order.n_windows if windows is None else windows):
         members = order.members(window)
@@ -144,8 +220,8 @@ def test_chunks_cover_the_kept_rows(kept, first, rows_per_chunk):
     assert (chunks.n_rows > 0).all()
 
 
-def test_windows_are_rounded_up_to_whole_chunks_of_every_layer():
-    assert groups_of(window_rows=1, n_layers=4, rows_per_chunk=256, n_chunks=9) == 1
-    assert groups_of(window_rows=4 * 256, n_layers=4, rows_per_chunk=256, n_chunks=9) == 1
-    assert groups_of(window_rows=4 * 256 + 1, n_layers=4, rows_per_chunk=256, n_chunks=9) == 2
-    assert groups_of(window_rows=10**9, n_layers=4, rows_per_chunk=256, n_chunks=9) == 9
+def test_windows_are_rounded_up_to_whole_runs_of_every_layer():
+    assert groups_of(window_rows=1, n_layers=4, rows_per_run=256, n_runs=9) == 1
+    assert groups_of(window_rows=4 * 256, n_layers=4, rows_per_run=256, n_runs=9) == 1
+    assert groups_of(window_rows=4 * 256 + 1, n_layers=4, rows_per_run=256, n_runs=9) == 2
+    assert groups_of(window_rows=10**9, n_layers=4, rows_per_run=256, n_runs=9) == 9

@@ -16,7 +16,7 @@ import actcache
 from actcache.errors import UsageError
 from actcache.reader import dataset
 from actcache.reader.dataset import StreamDataset
-from actcache.reader.order import CommitOrder, list_chunks
+from actcache.reader.order import CommitOrder, list_chunks, runs_of
 from tests.conftest import as_bits, sorted_rows, write_store
 from tests.store.strategies import store_settings
 
@@ -176,7 +176,16 @@ def test_an_epoch_of_the_commit_order_is_every_kept_row_once(chosen, data):
 def test_a_window_of_the_commit_order_needs_no_later_shard():
     n_shards, depth, steps = 7, 3, 2
     chunks = list_chunks(np.arange(2, 2 + n_shards), np.full(n_shards, 60), 5)
-    order = CommitOrder(seed=1, epoch=0, chunks=chunks, n_layers=2, depth=depth, steps=steps, partitions=4)
+    order = CommitOrder(
+        seed=1,
+        epoch=0,
+        chunks=chunks,
+        runs=runs_of(chunks, 1),
+        n_layers=2,
+        depth=depth,
+        steps=steps,
+        partitions=4,
+    )
     assert order.n_windows == (n_shards + depth - 1) * steps
     seen = []
     for window in range(order.n_windows):

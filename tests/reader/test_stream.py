@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import actcache
 from actcache.errors import CursorError, MemoryBoundError, UncommittedError, UsageError
-from actcache.reader.stream import Stream
+from actcache.reader.filling import Filling
 from actcache.store.shard import ShardReader
 from tests.conftest import as_bits, check_rows, commit_shards, sorted_rows, write_store
 from tests.store.strategies import store_settings
@@ -134,7 +134,7 @@ def test_dtype_converts_exactly(truth):
 @contextmanager
 def delayed(seed: int):
     """Chunks take a random time to read, so threads overtake one another."""
-    rng, lock, read = np.random.default_rng(seed), threading.Lock(), ShardReader.read
+    rng, lock, read = np.random.default_rng(seed), threading.Lock(), ShardReader.load
 
     def slow(self, *args, **kwargs):
         with lock:
@@ -143,7 +143,7 @@ def delayed(seed: int):
         return read(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardReader, "read", slow)
+        patch.setattr(ShardReader, "load", slow)
         yield
 
 
@@ -178,14 +178,14 @@ def test_ranks_share_the_global_batches(truth, world_size, drop_last):
 
 @contextmanager
 def recorded_reads():
-    read, seen = ShardReader.read, []
+    read, seen = ShardReader.load, []
 
-    def recorded(self, layer_i, chunk, out=None):
+    def recorded(self, layer_i, chunk, **named):
         seen.append((self.key, layer_i, chunk))
-        return read(self, layer_i, chunk, out)
+        return read(self, layer_i, chunk, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardReader, "read", recorded)
+        patch.setattr(ShardReader, "load", recorded)
         yield seen
 
 
@@ -246,7 +246,7 @@ def test_reading_ahead_does_not_show_in_the_cursor(truth):
         first = stream.state_dict()
         batches = iter(stream)
         next(batches)
-        wait_until(lambda: stream._fills and all(f._done.is_set() for f in stream._fills.values()))
+        wait_until(lambda: stream._filling._fills and all(f.is_done for f in stream._filling._fills.values()))
         after_one = stream.state_dict()
         assert (after_one["epoch"], after_one["window"], after_one["slot"]) == (0, 0, SMALL["batch_size"])
         assert first["slot"] == 0
@@ -302,6 +302,8 @@ def test_a_cursor_of_another_stream_is_refused_by_name(truth, tmp_path):
         "partitions": {"partitions": 4},
         "norm_limits": {"outlier_norm_ratio": 2.0},
         "drop_last": {"drop_last": True},
+        "run_chunks": {"run_chunks": 2},
+        "shards": {"partial": "1-2"},
     }
     assert {*changes, "plan", "captures", "hooks"} == set(state["settings"])
     streams = {name: store.stream(**SMALL | change) for name, change in changes.items()}
@@ -359,8 +361,8 @@ def test_buffers_are_used_again(truth):
     with actcache.open(truth.root).stream(**SMALL, epochs=8) as stream:
         n_batches = sum(len(batch) > 0 for batch in stream)
         assert n_batches == len(stream)
-        assert 8 * stream._order(0).n_windows >= 24
-        assert stream._buffers[0].n_allocated <= 3
+        assert 8 * stream._filling.order(0).n_windows >= 24
+        assert stream._filling.windows.pools[0].n_allocated <= 3
 
 
 def test_two_buffers_are_enough_and_still_read_ahead(truth):
@@ -373,15 +375,15 @@ def test_two_buffers_are_enough_and_still_read_ahead(truth):
     ahead = set()
     with actcache.open(truth.root).stream(**options, memory=least) as stream:
         for _batch in stream:
-            ahead |= set(stream._fills)
-        assert stream._buffers[0].n_allocated == 2
-        assert len(ahead) >= 3 * stream._order(0).n_windows
+            ahead |= set(stream._filling._fills)
+        assert stream._filling.windows.pools[0].n_allocated == 2
+        assert len(ahead) >= 3 * stream._filling.order(0).n_windows
 
 
 def test_converted_batches_do_not_hold_the_window(truth):
     with actcache.open(truth.root).stream(**SMALL, epochs=4, dtype=torch.float32) as stream:
         kept = list(stream)
-        assert stream._buffers[0].n_allocated <= 3
+        assert stream._filling.windows.pools[0].n_allocated <= 3
     assert len(kept) > 3
 
 
@@ -395,16 +397,20 @@ def test_leaving_early_leaves_nothing(truth):
         kept = list(itertools.islice(stream, n))
         stream.close()
         assert not stream_threads()
-        assert not stream._fills
+        assert not stream._filling._fills
         assert all(np.array_equal(as_bits(b.rows), truth.bits(b.layer, b.sequence, b.position)) for b in kept)
         del kept
-        wait_until(lambda stream=stream: stream._buffers[0].n_free == stream._buffers[0].n_allocated)
+        wait_until(
+            lambda stream=stream: (
+                stream._filling.windows.pools[0].n_free == stream._filling.windows.pools[0].n_allocated
+            )
+        )
         stream.close()
 
 
 def test_closing_does_not_wait_for_what_was_read_ahead(truth):
     gate = threading.Event()
-    read, start = ShardReader.read, Stream._start
+    read, start = ShardReader.load, Filling._begin
     started, waiting = [], []
 
     def counted(self, *args):
@@ -418,14 +424,14 @@ def test_closing_does_not_wait_for_what_was_read_ahead(truth):
         return read(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardReader, "read", gated)
-        patch.setattr(Stream, "_start", counted)
+        patch.setattr(ShardReader, "load", gated)
+        patch.setattr(Filling, "_begin", counted)
         stream = actcache.open(truth.root).stream(**SMALL | {"window_rows": 64}, threads=1)
         next(iter(stream))
         wait_until(lambda: waiting)
         closing = threading.Thread(target=stream.close)
         closing.start()
-        wait_until(lambda: not stream._fills)
+        wait_until(lambda: not stream._filling._fills)
         gate.set()
         closing.join(5)
         assert not closing.is_alive()

@@ -29,10 +29,26 @@ def test_a_window_of_everything_is_one_request_per_shard(truth, upload, proxy):
     assert proxy.count("/rows/") == 3
 
 
+@pytest.mark.parametrize("options", [{}, {"layers": [3]}, {"stack": "layers"}, {"order": "commit"}], ids=str)
+def test_runs_of_chunks_are_fewer_requests_for_the_same_rows(tmp_path, upload, proxy, options):
+    """A run of four is one request; and the order is that of the local copy, for the same run length."""
+    truth = write_store(tmp_path / "wide", n_sequences=64, seq_len=16, per_shard=16, width=16, drop=0.0)
+    remote, local = Store(upload(truth.root)), Store(truth.root)
+    counts = {}
+    for run_chunks in (1, 4):
+        chosen = {"window_rows": 256, "run_chunks": run_chunks} | options
+        proxy.seen.clear()
+        found = all_rows(remote, **chosen)
+        counts[run_chunks] = proxy.count("/rows/")
+        expected = all_rows(local, **chosen)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert counts[4] <= counts[1] / 2.5  # some neighbours meet by chance
+
+
 @pytest.mark.parametrize("io_threads", [1, 5])
 @pytest.mark.parametrize("fetched_bytes", [1, 1000])
 def test_neither_threads_nor_room_change_a_row(truth, upload, monkeypatch, io_threads, fetched_bytes):
-    monkeypatch.setattr("actcache.reader.stream._FETCHED_BYTES", fetched_bytes)
+    monkeypatch.setattr("actcache.reader.filling.FETCHED_BYTES", fetched_bytes)
     found = all_rows(Store(upload(truth.root)), window_rows=64, io_threads=io_threads, epochs=2)
     expected = all_rows(Store(truth.root), window_rows=64, epochs=2)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,280 @@
+"""Which window comes when, and getting it filled ahead of time: threads, buffers and orders behind a stream."""
+
+import os
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import UsageError
+from actcache.reader.buffers import Shape
+from actcache.reader.counters import Counters
+from actcache.reader.device import Chunk
+from actcache.reader.filters import RowFilter
+from actcache.reader.layout import Lane, Layout, Places, lay_out
+from actcache.reader.order import (
+    CommitOrder,
+    GlobalOrder,
+    arrange,
+    groups_of,
+    list_chunks,
+    runs_of,
+    steps_of,
+)
+from actcache.reader.placement import FETCHED_BYTES, place
+from actcache.reader.provenance import Provenance
+from actcache.reader.selection import Delivery, Selection
+from actcache.reader.window import Fetching, Fill, Room
+from actcache.store.dtypes import disk_dtype
+from actcache.store.local import LocalFiles
+from actcache.store.open import CaptureCatalog
+from actcache.store.shard import ShardReader
+
+_CLOSE_S = 5.0
+_OPEN_FILES = 64
+
+
+class Filling:
+    """Fills windows of a selection, one at a time or ahead.
+
+    captures  one per hook.    kept  [shard] kept rows.    shards  those that are streamed, ascending.
+    """
+
+    def __init__(
+        self,
+        captures: list[CaptureCatalog],
+        provenance: Provenance,
+        selection: Selection,
+        delivery: Delivery,
+        *,
+        kept: NDArray[np.int64],
+        shards: NDArray[np.int64],
+    ) -> None:
+        self.counters = Counters()
+        self._captures, self._selection, self._delivery = captures, selection, delivery
+        self._grid = grid = captures[0].plan.grid
+        self.chunks = list_chunks(shards, kept[shards], grid.rows_per_chunk)
+        if len(self.chunks) == 0:
+            raise UsageError(
+                f"the {selection.split} split of {captures[0].objects.url} holds no kept rows"
+                + ("; it was built with --holdout 0" if selection.split == "holdout" else "")
+            )
+        self._runs = runs_of(self.chunks, selection.run_chunks)
+        self.lanes = _lanes(captures, selection)
+        self.filter = self._make_filter(provenance, kept)
+        self._is_mine = np.arange(selection.partitions) % delivery.world_size == delivery.rank
+        self._orders: dict[int, GlobalOrder | CommitOrder] = {}
+        in_flight = captures[0].objects.n_in_flight
+        self._io_threads = (delivery.io_threads or in_flight) if in_flight else 0
+        width = max(c.capture.width for c in captures)
+        itemsize = max(disk_dtype(c.capture.dtype).itemsize for c in captures)
+        is_quantised = any(c.capture.codec == "uint8" for c in captures)
+        chunk = Chunk(grid.rows_per_chunk, width, itemsize, is_quantised)
+        self._chunk_bytes = chunk.n_bytes
+        self.windows, self.courier = place(self._shapes(), chunk, delivery, fetches=bool(self._io_threads))
+        files = captures[0].files
+        self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES)
+        self._fills: dict[tuple[int, int], Fill] = {}
+        self._awaited: Fill | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._fetching: Fetching | None = None
+        self._pid = os.getpid()
+
+    def _make_filter(self, provenance: Provenance, kept: NDArray[np.int64]) -> RowFilter | None:
+        rules = self._selection.rules
+        if rules.is_empty:
+            return None
+        layers = [np.array([lane.layer_index for lane in lanes if lane.buffer == 0]) for lanes in self.lanes]
+        return RowFilter(self._captures[0], provenance.plan_object, kept, rules, layers)
+
+    def _shapes(self) -> list[Shape]:
+        """Of the buffers, one per hook: the largest window, with room for a batch in front."""
+        chosen = self._selection
+        n_rows = self.order(0).most_runs * chosen.run_chunks * len(self.lanes) * self._grid.rows_per_chunk
+        n_layers = 1 if chosen.stack == "data" else len(chosen.layers)
+        return [
+            Shape(chosen.batch_size + n_rows, found.capture.width * n_layers, disk_dtype(found.capture.dtype))
+            for found in self._captures
+        ]
+
+    @property
+    def n_chunk_rows(self) -> int:
+        """Rows of one epoch before filters."""
+        return int(self.chunks.n_rows.sum()) * len(self.lanes)
+
+    def order(self, epoch: int) -> GlobalOrder | CommitOrder:
+        """The order of one epoch."""
+        if epoch not in self._orders:
+            made = self._make_order(epoch)
+            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1} | {epoch: made}
+        return self._orders[epoch]
+
+    def _make_order(self, epoch: int) -> GlobalOrder | CommitOrder:
+        chosen, r, n_lanes = self._selection, self._grid.rows_per_chunk, len(self.lanes)
+        if chosen.order == "global":
+            return GlobalOrder(
+                seed=chosen.seed,
+                epoch=epoch,
+                runs=self._runs,
+                n_layers=n_lanes,
+                groups=groups_of(chosen.window_rows, n_lanes, r * chosen.run_chunks, len(self._runs)),
+                partitions=chosen.partitions,
+            )
+        most_chunks = int(np.bincount(self.chunks.shard).max())
+        return CommitOrder(
+            seed=chosen.seed,
+            epoch=epoch,
+            chunks=self.chunks,
+            runs=self._runs,
+            n_layers=n_lanes,
+            depth=chosen.commit_shards,
+            steps=steps_of(chosen.window_rows, n_lanes, r, most_chunks),
+            partitions=chosen.partitions,
+        )
+
+    def rows_of(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """Global row numbers of a window's rows, once per layer, before filters, in no order."""
+        listed = self.order(epoch).members(window).listed
+        counts = self.chunks.n_rows[listed]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(self._first_row(listed), counts) + within
+
+    def _first_row(self, listed: NDArray[np.int64]) -> NDArray[np.int64]:
+        shard, chunk = self.chunks.shard[listed], self.chunks.chunk[listed]
+        return shard * self._grid.rows_per_shard + chunk * self._grid.rows_per_chunk
+
+    # Filling.
+
+    def get(self, epoch: int, window: int) -> Fill:
+        """The fill of a window: the one begun ahead, or one begun now, in whatever memory it takes."""
+        self._check_process()
+        if (epoch, window) not in self._fills:
+            if self.courier is not None and not self.windows.has_room:
+                self.courier.settle(wait=True)  # copies under way keep memory that is free otherwise
+                self.windows.wait_for_room()
+            self._fills[epoch, window] = self._begin(epoch, window)
+        return self._fills[epoch, window]
+
+    def wait(self, epoch: int, window: int) -> tuple[Fill, Layout]:
+        """The window, whole; forgotten here, so that whoever holds its tensors decides how long they live."""
+        self._awaited = fill = self.get(epoch, window)
+        del self._fills[epoch, window]
+        started = perf_counter()
+        try:
+            return fill, fill.wait()
+        finally:
+            self._awaited = None
+            self.counters.add(waited_s=perf_counter() - started)
+
+    def read_ahead(self, epoch: int, window: int) -> None:
+        """Begin the window after this one where there is room; raise what went wrong in one already begun."""
+        self._check_process()
+        if self.courier is not None:
+            self.courier.settle()
+        for key, fill in list(self._fills.items()):
+            if fill.error is not None:
+                del self._fills[key]  # whoever iterates again tries it again
+                raise fill.error
+        following = (epoch, window + 1) if window + 1 < self.order(epoch).n_windows else (epoch + 1, 0)
+        if following in self._fills or following[0] == self._delivery.epochs:
+            return
+        if self.windows.has_room:
+            self._fills[following] = self._begin(*following)
+
+    def _begin(self, epoch: int, window: int) -> Fill:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._delivery.threads, thread_name_prefix="actcache-stream")
+            if self._io_threads:
+                waiting = ThreadPoolExecutor(self._io_threads, thread_name_prefix="actcache-fetch")
+                self._fetching = Fetching(waiting, Room(FETCHED_BYTES))
+        return Fill(
+            self.windows.take(self._selection.batch_size),
+            lambda: self._lay_out(epoch, window),
+            self._pool,
+            self.counters,
+            chunk_bytes=self._chunk_bytes,
+            files=self._files,
+            fetching=self._fetching,
+            name=f"window {window} of epoch {epoch}",
+        )
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                "this stream was opened in another process: its threads did not survive the fork. Open the store in "
+                "the process that reads it (a DataLoader needs num_workers=0, or a 'spawn' context)."
+            )
+
+    def _lay_out(self, epoch: int, window: int) -> Layout:
+        """What goes where in a window. Runs on a thread of the pool."""
+        order, chunks, r = self.order(epoch), self.chunks, self._grid.rows_per_chunk
+        members = order.members(window)
+        shard, chunk, counts = (of[members.listed] for of in chunks)
+        selected = None
+        if self.filter is not None:
+            selected = [
+                np.flatnonzero(self.filter.passing(s, lane)[c * r : c * r + n])
+                for s, c, n, lane in zip(
+                    *(x.tolist() for x in (shard, chunk, counts, members.layer_i)), strict=True
+                )
+            ]
+            counts = np.array([len(rows) for rows in selected], dtype=np.int64)
+        arrangement = arrange(order.key_of(window), counts, members.partition, self._selection.partitions)
+        layer = np.array(self._selection.layers)[members.layer_i]
+        return lay_out(
+            members,
+            arrangement,
+            counts,
+            selected,
+            places=Places(shard, chunk, layer, self._first_row(members.listed)),
+            lanes=self.lanes,
+            readers=self._reader,
+            is_mine=self._is_mine,
+        )
+
+    def _reader(self, buffer: int, shard: int) -> ShardReader:
+        return self._captures[buffer].reader(shard)
+
+    # The end.
+
+    def forget(self) -> None:
+        """Let go of what was begun ahead; wake a consumer that waits in another thread."""
+        for fill in [*self._fills.values(), *([self._awaited] if self._awaited else [])]:
+            fill.cancel("the stream was closed, or moved, while its consumer was waiting for a window")
+        self._fills.clear()
+
+    def close(self) -> None:
+        """Stop at once; let go of threads, buffers and files. One that is stuck in a read ends when the read does."""
+        self.forget()
+        if self._fetching is not None:  # not waited for: a request may take until its deadline
+            self._fetching.pool.shutdown(wait=False, cancel_futures=True)
+            self._fetching = None
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            _join(self._pool._threads, _CLOSE_S)
+            self._pool = None
+        if self._files is not None:
+            self._files.close()
+
+
+def _join(threads: Iterable[threading.Thread], seconds: float) -> None:
+    deadline = perf_counter() + seconds
+    for thread in list(threads):
+        thread.join(max(0.0, deadline - perf_counter()))
+
+
+def _lanes(captures: list[CaptureCatalog], selection: Selection) -> list[list[Lane]]:
+    """What each lane of the order reads: one layer of every hook, or, where layers are stacked, all of them."""
+    per_layer = [
+        [
+            Lane(
+                buffer, found.layer_index(layer), 0 if selection.stack == "data" else i * found.capture.width
+            )
+            for buffer, found in enumerate(captures)
+        ]
+        for i, layer in enumerate(selection.layers)
+    ]
+    return per_layer if selection.stack == "data" else [[lane for lanes in per_layer for lane in lanes]]

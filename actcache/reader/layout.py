@@ -1,0 +1,133 @@
+"""What goes where in a window: an arrangement turned into chunks to read and slots to put their rows in. No files."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.reader.order import Arrangement, Members
+from actcache.store.shard import ShardReader
+
+I64 = NDArray[np.int64]
+
+
+class Lane(NamedTuple):
+    """Where the rows of one layer of one capture go: columns [column, column + d) of buffer number `buffer`."""
+
+    buffer: int
+    layer_index: int
+    column: int
+
+
+class Source(NamedTuple):
+    """One chunk of a window.
+
+    slots   where rows go, counted in this reader's own slots.
+    chosen  which rows of the chunk those are; None: its first ones.
+    """
+
+    reader: ShardReader
+    lane: Lane
+    chunk: int
+    slots: I64
+    chosen: I64 | None
+
+    @property
+    def at(self) -> tuple[int, int]:
+        """Layer index and chunk: where it is in its shard."""
+        return self.lane.layer_index, self.chunk
+
+
+class Layout(NamedTuple):
+    """What goes where in a window.
+
+    sources     the chunks this reader decodes.
+    layer       [n] int64 model layer of the row in each of this reader's slots (the first, where a row has several).
+    row         [n] int64 global row number of each.
+    own_before  [s + 1] how many of this reader's rows come before each slot of all ranks.
+    """
+
+    sources: list[Source]
+    layer: I64
+    row: I64
+    own_before: I64
+
+
+class Places(NamedTuple):
+    """Each member of a window, [m]: its shard, chunk, model layer, and the global row number of its first row."""
+
+    shard: I64
+    chunk: I64
+    layer: I64
+    first_row: I64
+
+
+def lay_out(
+    members: Members,
+    arrangement: Arrangement,
+    counts: I64,
+    selected: Sequence[I64] | None,
+    *,
+    places: Places,
+    lanes: Sequence[Sequence[Lane]],
+    readers: Callable[[int, int], ShardReader],
+    is_mine: NDArray[np.bool_],
+) -> Layout:
+    """Turn an arrangement into work for the threads.
+
+    counts    [m] rows of each member that are streamed.  selected  which of its rows those are; None: its first ones.
+    lanes     per lane of the order, what a member of it reads: equally many captures and layers in all.
+    readers   (buffer, shard) -> the reader of that shard of the buffer's capture.
+    is_mine   [P] which partitions this rank reads.
+    """
+    starts = np.cumsum(counts) - counts
+    within = (
+        np.arange(counts.sum()) - np.repeat(starts, counts)
+        if selected is None
+        else np.concatenate([counts[:0], *selected])
+    )
+    own_before = np.concatenate([[0], np.cumsum(is_mine[arrangement.partition])])
+    is_own = is_mine[members.partition]
+    own_slot = own_before[arrangement.slot]  # of rows of others it means nothing
+    of_own = slice(None) if is_own.all() else np.flatnonzero(np.repeat(is_own, counts))
+    out_layer, out_row = np.empty((2, int(own_before[-1])), np.int64)
+    out_layer[own_slot[of_own]] = np.repeat(places.layer, counts)[of_own]
+    out_row[own_slot[of_own]] = (np.repeat(places.first_row, counts) + within)[of_own]
+    sources = [
+        Source(
+            readers(lane.buffer, int(places.shard[m])),
+            lane,
+            int(places.chunk[m]),
+            own_slot[starts[m] : starts[m] + counts[m]],
+            None if selected is None else selected[m],
+        )
+        for j in range(len(lanes[0]))
+        for m in np.flatnonzero(is_own & (counts > 0)).tolist()
+        for lane in [lanes[members.layer_i[m]][j]]
+    ]
+    return Layout(sources, out_layer, out_row, own_before)
+
+
+def handfuls(sources: list[Source], size: int) -> list[tuple[int, list[Source]]]:
+    """At most `size` sources at a time of one lane's buffer and columns, with the number of the first of each."""
+    jobs: list[tuple[int, list[Source]]] = []
+    for number, source in enumerate(sources):
+        last = jobs[-1][1] if jobs else []
+        if last and len(last) < size and source.lane[::2] == last[0].lane[::2]:
+            last.append(source)
+        else:
+            jobs.append((number, [source]))
+    return jobs
+
+
+def by_request(sources: Iterable[Source]) -> list[list[Source]]:
+    """Sources whose chunks lie side by side in one object, to be fetched in one request each."""
+    of_shard: dict[int, list[Source]] = {}
+    for source in sources:
+        of_shard.setdefault(id(source.reader), []).append(source)
+    return [
+        [found[i] for i in parts]
+        for found in of_shard.values()
+        for parts in found[0].reader.requests([source.at for source in found])
+    ]

@@ -1,0 +1,83 @@
+"""The compiled loop and the one of NumPy do what the definition says, wherever rows begin and however long they are."""
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actcache.reader import scatter as module
+from actcache.reader.scatter import ALIGNMENT, aligned_empty, compiled, scatter
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def loop(request, monkeypatch):
+    """Which of the two is used, counting how often."""
+    used = []
+    run = compiled()
+    assert run is not None, "llvmlite is one of the packages for development"
+
+    def counted(*arguments):
+        used.append(1)
+        run(*arguments)
+
+    monkeypatch.setattr(module, "compiled", lambda: counted if request.param == "compiled" else None)
+    return request.param, used
+
+
+@given(
+    width=st.sampled_from([1, 3, 16, 32, 64, 96, 160]),
+    dtype=st.sampled_from([np.uint8, np.uint16, np.float32]),
+    n_slots=st.integers(0, 12),
+    n_window=st.integers(12, 40),
+    columns=st.integers(1, 3),
+    is_chosen=st.booleans(),
+    data=st.data(),
+)
+def check(width, dtype, n_slots, n_window, columns, is_chosen, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 16)))
+    rows = rng.integers(0, 255, (12, width)).astype(dtype)
+    window = aligned_empty((n_window, width * columns), np.dtype(dtype))
+    window[:] = 7
+    head, column = data.draw(st.integers(0, n_window - 12)), data.draw(st.integers(0, columns - 1)) * width
+    target = window[head:, column : column + width]
+    slots = rng.permutation(len(target))[:n_slots]
+    chosen = np.sort(rng.permutation(12)[:n_slots]) if is_chosen else None
+    expected = window.copy()
+    for i, slot in enumerate(slots):  # the definition
+        expected[head + slot, column : column + width] = rows[i if chosen is None else chosen[i]]
+    scatter(target, slots, rows, chosen)
+    assert np.array_equal(window, expected)
+
+
+def test_it_is_what_it_says(loop):
+    check()
+    name, used = loop
+    assert bool(used) == (name == "compiled")
+
+
+def test_rows_that_do_not_fill_cache_lines_go_the_other_way(monkeypatch):
+    monkeypatch.setattr(module, "compiled", lambda: pytest.fail("not for these"))
+    rows = np.arange(24, dtype=np.uint16).reshape(2, 12)
+    window = aligned_empty((4, 12), rows.dtype)
+    scatter(window, np.array([3, 0]), rows)
+    assert np.array_equal(window[[3, 0]], rows)
+    rows = np.arange(64, dtype=np.uint16).reshape(2, 32)
+    shifted = np.empty(4 * 32 + 1, np.uint16)[1:].reshape(4, 32)
+    scatter(shifted, np.array([1, 2]), rows)
+    assert np.array_equal(shifted[[1, 2]], rows)
+
+
+def test_it_runs_without_llvmlite(monkeypatch):
+    compiled.cache_clear()
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    assert compiled() is None
+    compiled.cache_clear()
+    monkeypatch.undo()
+    assert compiled() is not None
+
+
+def test_windows_begin_at_a_cache_line():
+    for n in range(1, 40):
+        assert aligned_empty((n, 3), np.dtype(np.uint16)).ctypes.data % ALIGNMENT == 0
