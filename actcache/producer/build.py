@@ -248,12 +248,14 @@ def _fill(
         summary.disk_bytes += record.rows_bytes
 
     def on_commit(capture: CaptureCatalog, record: ShardRecord) -> None:
-        summary.n_built += 1
-        count(capture, record)
+        if record.producer.nonce == disk.nonce:  # else another worker committed it first
+            summary.n_built += 1
+            count(capture, record)
 
     def on_adopt(capture: CaptureCatalog, record: ShardRecord) -> None:
-        summary.n_adopted += 1
-        count(capture, record)
+        if record.producer.nonce == disk.nonce:
+            summary.n_adopted += 1
+            count(capture, record)
 
     def on_shard(shard: int) -> None:
         work.done(shard)
