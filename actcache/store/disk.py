@@ -220,6 +220,19 @@ class Disk:
                 writer.write(*parts)
             return writer.commit()
 
+    def rename(self, source: str, key: str) -> None:
+        """Give the object `source` the name `key` too, whatever had it: for what no record covers any more."""
+        temporary = self.workspace / f"{secrets.token_hex(8)}.partial"
+        try:
+            self.announce("link", key)
+            os.link(self.root / source, temporary)
+            self.announce("replace", key)
+            temporary.replace(self.root / key)
+            temporary.unlink(missing_ok=True)  # both names were one object's before: then nothing was renamed
+        except OSError as error:
+            raise _explained(error, self.root / key) from error
+        self.settle(key)
+
     def settle(self, key: str) -> None:
         """Make the name of an object durable."""
         self.announce("fsync directory", key)
