@@ -192,3 +192,15 @@ def _load(catalog: Catalog, load: Callable[[Catalog], Decoder]) -> Decoder:
     decoder = load(catalog)
     check_model(catalog, decoder)
     return decoder
+
+
+def model_of(catalog: Catalog, given: str | None) -> tuple[str, str | None]:
+    """Name and revision of the model to load: what was given, else what the plan says of a model from a hub."""
+    model = catalog.plan.request.model
+    if given is not None:
+        return given, None
+    if model.revision is None:
+        raise UsageError(
+            f"{catalog.objects.url} was made with {model.name}, a local folder: say where it is now, with --model"
+        )
+    return model.name, model.revision
