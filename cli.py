@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from actcache.producer.corpus import Corpus
     from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
+    from actcache.producer.repair import RepairSummary
     from actcache.producer.settings import Settings
     from actcache.producer.summary import BuildReporter, BuildSummary
     from actcache.producer.workers import Rank
@@ -1115,6 +1116,106 @@ def verify(
         )
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    store: StorePath,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model the store was made with. Without it: the hub id in the plan."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, branch or tag of a hub model. Without it: the plan's.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Without it: what the plan says.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: spread a large model over all GPUs, as build does.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads that read and check.")] = 2,
+    encode_threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that compress. Without it: every core the model does not need."),
+    ] = None,
+    allow_non_finite: Annotated[
+        bool, typer.Option("--allow-non-finite", help="Store rows with NaN or infinity, as build does.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find damaged shards, as verify does, and rebuild them with the model. Exit 1 when something is left damaged."""
+    from actcache.model import load_model
+    from actcache.producer.repair import model_of, repair
+
+    _quiet_transformers()
+
+    def load(catalog: "Catalog") -> Any:
+        name, its_revision, request = *model_of(catalog, model), catalog.plan.request
+        return load_model(
+            name,
+            revision=revision or its_revision,
+            dtype=request.model.compute_dtype,
+            device=_device(device or request.device),
+            device_map=device_map,
+        )
+
+    summary = _run_repair(
+        store,
+        lambda on_verify, reporter: repair(
+            store,
+            load,
+            threads=threads,
+            encode_threads=encode_threads,
+            allow_non_finite=allow_non_finite,
+            on_verify=on_verify,
+            reporter=reporter,
+        ),
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    if summary.left:
+        raise typer.Exit(1)
+
+
+def _run_repair(
+    store: str,
+    work: Callable[[Callable[[], None], "BuildReporter"], "RepairSummary"],
+    *,
+    quiet: bool,
+) -> "RepairSummary":
+    """Repair with bars and messages; stopped with Ctrl-C or SIGTERM it says how to go on."""
+    from actcache.producer.present import repair_lines
+    from actcache.producer.summary import BuildReporter
+    from actcache.store.open import open_catalog
+
+    catalog = open_catalog(store)
+    n_checks = catalog.grid.n_shards + sum(len(found.committed()) for found in catalog.captures.values())
+    with _progress("shards", quiet=quiet) as progress:
+        checking = progress.add_task("verify", total=n_checks)
+        running = progress.add_task("rebuild", total=None, visible=False, unit="tok")
+        reporter = BuildReporter(
+            on_start=lambda done, n: progress.update(running, total=n, completed=done, visible=True),
+            on_forward=lambda n: progress.advance(running, n),
+        )
+        terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            summary = work(lambda: progress.advance(checking), reporter)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(
+                f"stopped; what is rebuilt of {store} is safe. Run the same command again to go on."
+            )
+            sys.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+    if not quiet:
+        for problem in summary.left:
+            print(f"{problem.object}: {problem.what}")
+        for line in repair_lines(summary):
+            console.print(line, highlight=False)
+    return summary
 
 
 @app.command("bench")

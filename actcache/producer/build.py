@@ -5,7 +5,7 @@ What is asked is compared with what is there, so that the same command continues
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from actcache.producer.pipeline import Pipeline
 from actcache.producer.plan import write_plan
 from actcache.producer.settings import Settings, capture_requests, check_same, make_request
 from actcache.producer.summary import BuildReporter, BuildSummary
-from actcache.producer.workers import Rank, Work, wait_for_plan
+from actcache.producer.workers import Rank, Shards, Work, wait_for_plan
 from actcache.store.arrays import disk_dtype
 from actcache.store.claims import Claims
 from actcache.store.create import CaptureRequest, sweep_staged
@@ -209,7 +209,7 @@ def fill_captures(
             n_tokens = grid.n_sequences * grid.seq_len
             reporter.on_start(n_tokens - n_left, n_tokens)
             threads = encode_threads or default_encode_threads(decoder.device.type)
-            _fill(
+            fill_shards(
                 catalog,
                 wanted,
                 work,
@@ -223,10 +223,10 @@ def fill_captures(
     return summary
 
 
-def _fill(
+def fill_shards(
     catalog: Catalog,
     captures: Sequence[CaptureCatalog],
-    work: Work,
+    work: Shards,
     disk: Disk,
     decoder: Decoder,
     encode_threads: int,
@@ -234,7 +234,12 @@ def _fill(
     reporter: BuildReporter,
     *,
     allow_non_finite: bool,
+    generations: Mapping[str, Mapping[int, int]] | None = None,
 ) -> None:
+    """Run the model for the shards that `work` names and commit them; what was done is added to `summary`.
+
+    generations  by capture and shard: of those that are rebuilt, which generation they become.
+    """
     started, clock = time.perf_counter(), Clock()
     transfer = make_transfer(decoder, catalog, captures, clock)
 
@@ -248,12 +253,14 @@ def _fill(
         summary.disk_bytes += record.rows_bytes
 
     def on_commit(capture: CaptureCatalog, record: ShardRecord) -> None:
-        summary.n_built += 1
-        count(capture, record)
+        if record.producer.nonce == disk.nonce:  # else another worker committed it first
+            summary.n_built += 1
+            count(capture, record)
 
     def on_adopt(capture: CaptureCatalog, record: ShardRecord) -> None:
-        summary.n_adopted += 1
-        count(capture, record)
+        if record.producer.nonce == disk.nonce:
+            summary.n_adopted += 1
+            count(capture, record)
 
     def on_shard(shard: int) -> None:
         work.done(shard)
@@ -275,6 +282,7 @@ def _fill(
                 where,
                 n_ahead=2 * encode_threads + 2,
                 allow_non_finite=allow_non_finite,
+                generations=(generations or {}).get(c.capture.name),
             )
             for c in captures
         }

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from actcache.errors import UsageError
 from actcache.store.claims import Claims
@@ -68,16 +69,29 @@ def local_rank_in(environment: Mapping[str, str]) -> tuple[int, int]:
     return 0, 1
 
 
-def wait_for_plan(out: Path, patience_s: float = PLAN_PATIENCE_S) -> bool:
-    """Wait until another worker has planned the store; False when for `patience_s` nobody has been at it."""
+def wait_for_plan(out: Path) -> bool:
+    """Wait until another worker has planned the store; False when for `PLAN_PATIENCE_S` nobody has been at it."""
     seen = time.monotonic()
     while not (out / "zarr.json").exists():
         if is_being_planned(out):
             seen = time.monotonic()
-        elif time.monotonic() - seen > patience_s:
+        elif time.monotonic() - seen > PLAN_PATIENCE_S:
             return False
         time.sleep(POLL_S)
     return True
+
+
+class Shards(Protocol):
+    """What is to be made: iterates over (shard, the captures that lack it)."""
+
+    check: Callable[[], None]
+    """Called while waiting; may raise."""
+
+    def __iter__(self) -> Iterator[tuple[int, list[CaptureCatalog]]]: ...
+
+    def done(self, shard: int) -> None:
+        """A shard is committed."""
+        ...
 
 
 class Work:
@@ -113,17 +127,18 @@ class Work:
         mine, n = self._rank.rank, self._rank.world_size
         left = sorted(self.left, key=lambda shard: (shard % n != mine, shard))
         while left:
-            claimed = []
+            claimed, has_taken = [], False
             for shard in left:
                 missing = self._take(shard)
                 if missing is None:
                     claimed.append(shard)
                 elif missing:
+                    has_taken = True
                     started = time.monotonic()
                     yield shard, missing
                     self._longest_s = max(self._longest_s, time.monotonic() - started)
             left = claimed
-            if left:
+            if left and not has_taken:
                 self.check()
                 time.sleep(POLL_S)
 

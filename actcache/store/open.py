@@ -26,8 +26,16 @@ from actcache.store.exact import exact_checksum
 from actcache.store.ledger import ledger_key, parse_record
 from actcache.store.local import LocalFiles
 from actcache.store.objects import LocalObjects, Objects, open_objects
-from actcache.store.schema import FORMAT, Capture, Plan, PlannedShard, ShardRecord, digest_of
-from actcache.store.shard import Chunks, ShardReader
+from actcache.store.schema import (
+    FORMAT,
+    LEDGER_GENERATIONS,
+    Capture,
+    Plan,
+    PlannedShard,
+    ShardRecord,
+    digest_of,
+)
+from actcache.store.shard import WHAT_TO_DO, Chunks, ShardReader
 
 ATTRIBUTE = "actcache"
 
@@ -118,22 +126,27 @@ class CaptureCatalog:
     def record(self, shard: int) -> ShardRecord:
         """The ledger record in force of a shard; UncommittedError when there is none."""
         if shard not in self._records:
-            spec = self.arrays["ledger"]
-            newest, data = 0, None
-            while True:  # generations are dense: the newest in force is the last that exists
-                try:
-                    data = self.objects.read(ledger_key(spec, shard, newest))
-                except FileNotFoundError:
-                    break
-                newest += 1
-            if data is None:
+            found = self.newest(shard)
+            if found is None:
                 raise UncommittedError(
                     f"shard {shard} of {self.capture.name} in {self.objects.url} is not committed yet. "
                     f"'actcache info' lists what is; run the same 'actcache build' again to continue."
                 )
-            key = ledger_key(spec, shard, newest - 1)
-            self._records[shard] = parse_record(data, key, self.capture, shard)
+            generation, data = found
+            key = ledger_key(self.arrays["ledger"], shard, generation)
+            self._records[shard] = parse_record(data, key, self.capture, shard, generation)
         return self._records[shard]
+
+    def newest(self, shard: int) -> tuple[int, bytes] | None:
+        """Generation and bytes of the record in force, not checked; None where there is none. Looks at the store."""
+        found = None
+        for generation in range(LEDGER_GENERATIONS):  # they are dense: the last that exists is in force
+            try:
+                data = self.objects.read(ledger_key(self.arrays["ledger"], shard, generation))
+            except FileNotFoundError:
+                break
+            found = generation, data
+        return found
 
     def reader(self, shard: int) -> ShardReader:
         """Chunks of a committed shard."""
@@ -141,7 +154,7 @@ class CaptureCatalog:
             spec, record = self.arrays["rows"], self.record(shard)
             assert spec.inner is not None
             chunks = Chunks.from_record(record, len(self.capture.layers))
-            key = spec.key(0, shard, 0)
+            key = side_key(spec, shard, record.generation)
             _one, rows_per_chunk, width = spec.inner
             self._readers[shard] = ShardReader(
                 self.objects,
@@ -159,7 +172,8 @@ class CaptureCatalog:
         spec = self.arrays[name]
         assert name in side_arrays(self.capture)
         assert spec.inner is None
-        return read_checked(self.objects, spec, side_key(spec, shard), self.record(shard).side[name])
+        record = self.record(shard)
+        return read_checked(self.objects, spec, side_key(spec, shard, record.generation), record.side[name])
 
     def layer_index(self, layer: int) -> int:
         """Where a model layer lies on the layer axis; UsageError names those there are."""
@@ -177,12 +191,10 @@ def read_checked(objects: Objects, spec: ArraySpec, key: str, expected: tuple[in
         if object_problem(spec, data, expected):
             data = objects.read(key)  # it may have gone wrong on the way here
     except FileNotFoundError as error:
-        raise DamageError(
-            f"{key} is missing. Run 'actcache verify' on the store to list all damage."
-        ) from error
+        raise DamageError(f"{key} is missing. {WHAT_TO_DO}") from error
     problem = object_problem(spec, data, expected)
     if problem:
-        raise DamageError(f"{key} {problem}. Run 'actcache verify' on the store to list all damage.")
+        raise DamageError(f"{key} {problem}. {WHAT_TO_DO}")
     try:
         return spec.decode(data)
     except ValueError as error:
