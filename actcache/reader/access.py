@@ -95,8 +95,12 @@ class Store:
         return self.plan.n_kept
 
     def committed(self, hook: str | None = None) -> list[int]:
-        """Committed shards of a capture, ascending."""
+        """Committed shards of a capture, retired ones too, ascending."""
         return self._capture(hook).committed()
+
+    def retired(self) -> list[int]:
+        """Shards whose rows were deleted to stay within a disk budget, ascending."""
+        return self._capture(None).retired()
 
     @property
     def is_complete(self) -> bool:
@@ -140,16 +144,16 @@ class Store:
         )
 
     def stats(self, hook: str | None = None, split: Split | None = "train") -> dict[int, LayerStatistics]:
-        """Statistics of kept rows per layer, merged from the committed shards of a split (None: of both)."""
+        """Statistics of kept rows per layer, merged from the shards of a split that can be read (None: of both)."""
         capture = self._capture(hook)
-        return layer_statistics(capture, sorted(set(capture.committed()) & set(self._shards(split))))
+        return layer_statistics(capture, sorted(set(capture.live()) & set(self._shards(split))))
 
     def quantisation_error(
         self, hook: str | None = None, split: Split | None = "train"
     ) -> dict[int, QuantisationError]:
         """What quantising cost each layer, measured when it was written; UsageError where rows are stored as they are."""
         capture = self._capture(hook)
-        return quantisation_errors(capture, sorted(set(capture.committed()) & set(self._shards(split))))
+        return quantisation_errors(capture, sorted(set(capture.live()) & set(self._shards(split))))
 
     def read(
         self,
@@ -358,7 +362,10 @@ class Store:
             raise UsageError(
                 f"partial={partial!r}: the {split} split has shards {shards_text(self._shards(split)) or 'none'}"
             )
-        committed = set(wanted).intersection(*(found.committed() for found in captures))
+        if partial is not True:
+            for shard in sorted(set(wanted) & set(captures[0].retired())):
+                captures[0].check_not_retired(shard)
+        committed = set(wanted).intersection(*(found.live() for found in captures))
         missing = sorted(set(wanted) - committed)
         if not missing:
             return list(wanted)

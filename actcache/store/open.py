@@ -1,6 +1,7 @@
 """What a store holds: its plan, captures and ledger, checked as they are read. No torch, no zarr, no activations."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from actcache.errors import DamageError, NotFoundError, UncommittedError, UsageError
+from actcache.errors import ActcacheError, DamageError, NotFoundError, UncommittedError, UsageError
 from actcache.store.arrays import (
     PER_SHARD_PLAN_ARRAYS,
     ArraySpec,
@@ -26,6 +27,7 @@ from actcache.store.exact import exact_checksum
 from actcache.store.ledger import ledger_key, parse_record
 from actcache.store.local import LocalFiles
 from actcache.store.objects import LocalObjects, Objects, open_objects
+from actcache.store.retire import missing, read_retirement, retired_error, retired_shards
 from actcache.store.schema import FORMAT, Capture, Plan, PlannedShard, ShardRecord, digest_of
 from actcache.store.shard import Chunks, ShardReader
 
@@ -92,11 +94,29 @@ class CaptureCatalog:
         self.arrays = capture_arrays(plan.grid, capture)
         self._records: dict[int, ShardRecord] = {}
         self._readers: dict[int, ShardReader] = {}
+        self._retired = plan_arrays(plan.grid)["retired"]
         self.files = LocalFiles(objects.root) if isinstance(objects, LocalObjects) else None
 
     def committed(self) -> list[int]:
-        """Committed shards, ascending. Looks at the store every time it is called."""
+        """Committed shards, retired ones too, ascending. Looks at the store every time it is called."""
         return sorted({shard for shard, _generation in self._ledger_names()})
+
+    def retired(self) -> list[int]:
+        """Retired shards, ascending: committed once, their rows deleted. Looks at the store every time it is called."""
+        return sorted(retired_shards(self.objects, self._retired))
+
+    def live(self) -> list[int]:
+        """Shards that can be read: committed and not retired, ascending."""
+        return sorted(set(self.committed()) - set(self.retired()))
+
+    def check_not_retired(self, shard: int) -> None:
+        """RetiredError where the rows of a shard were deleted to make room."""
+        record = read_retirement(self.objects, self._retired, self.plan, shard)
+        if record is not None:
+            raise retired_error(self.objects.url, record)
+
+    def _missing(self, shard: int, key: str) -> ActcacheError:
+        return missing(self.objects, self._retired, self.plan, shard, key)
 
     def _ledger_names(self) -> list[tuple[int, int]]:
         found = []
@@ -143,15 +163,17 @@ class CaptureCatalog:
                 (rows_per_chunk, width),
                 files=self.files,
                 quantised=self.capture.dtype if is_quantised(self.capture) else None,
+                on_missing=lambda: self._missing(shard, key),
             )
         return self._readers[shard]
 
     def side(self, name: str, shard: int) -> NDArray[Any]:
         """A side array's values for one committed shard, in the shape of its object; not `exact`, which others read."""
-        spec = self.arrays[name]
+        spec, expected = self.arrays[name], self.record(shard).side[name]
         assert name in side_arrays(self.capture)
         assert spec.inner is None
-        return read_checked(self.objects, spec, side_key(spec, shard), self.record(shard).side[name])
+        key = side_key(spec, shard)
+        return read_checked(self.objects, spec, key, expected, lambda: self._missing(shard, key))
 
     def layer_index(self, layer: int) -> int:
         """Where a model layer lies on the layer axis; UsageError names those there are."""
@@ -162,13 +184,21 @@ class CaptureCatalog:
         return self.capture.layers.index(layer)
 
 
-def read_checked(objects: Objects, spec: ArraySpec, key: str, expected: tuple[int, int]) -> NDArray[Any]:
+def read_checked(
+    objects: Objects,
+    spec: ArraySpec,
+    key: str,
+    expected: tuple[int, int],
+    on_missing: Callable[[], ActcacheError] | None = None,
+) -> NDArray[Any]:
     """Read one object and compare it with what was written down of it (bytes, crc32c)."""
     try:
         data = objects.read(key)
         if object_problem(spec, data, expected):
             data = objects.read(key)  # it may have gone wrong on the way here
     except FileNotFoundError as error:
+        if on_missing is not None:
+            raise on_missing() from error
         raise DamageError(
             f"{key} is missing. Run 'actcache verify' on the store to list all damage."
         ) from error
