@@ -199,7 +199,7 @@ def test_a_retired_shard_is_an_error_that_says_so_to_every_reader(truth):
         lambda: store.stream(batch_size=8),
         lambda: catalog_of(truth).capture("resid_post").check_not_retired(3),
     ):
-        with pytest.raises(RetiredError, match="shard 3|shards? 1"):
+        with pytest.raises(RetiredError, match=r"shard \d+ of .* was retired"):
             read()
     with store.stream(batch_size=8, split="holdout") as stream:
         for batch in stream:
@@ -373,7 +373,7 @@ def test_several_producers_share_the_budget(truth):
                 for shard in range(rank, N_SHARDS, n_workers):
                     guard.admit(shard)
                     commit_shards(truth, [shard], look)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - looked at below
             errors.append(error)
 
     def follow() -> None:
