@@ -27,6 +27,7 @@ from actcache.producer.plan import (
     make_request,
     write_plan,
 )
+from actcache.producer.presence import Admission, Presence, Rate
 from actcache.store.create import sweep_staged
 from actcache.store.disk import Disk
 from actcache.store.ledger import ShardCommitter
@@ -36,6 +37,7 @@ from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.schema import Grid, ShardRecord
 from actcache.version import __version__
 
+MakeAdmission = Callable[[Catalog, Disk, Presence], Admission]
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -57,8 +59,10 @@ class BuildSummary:
     n_shards    shards of the store; n_built by this run, n_adopted found whole on disk, the rest were committed.
     n_tokens    tokens run through the model by this run.
     stage_s     seconds spent per stage: `forward` and `scatter` on the main thread, `wait` for the commit of the
-                shard before, `commit` (statistics, encoding, disk) on the committing thread.
+                shard before, `commit` (statistics, encoding, disk) on the committing thread; `blocked`: for room on
+                disk.
     raw_bytes, disk_bytes  of the rows committed by this run.
+    was_enough  it ended before the last shard because every consumer has what it needs.
     """
 
     store: Path
@@ -70,8 +74,9 @@ class BuildSummary:
     raw_bytes: int = 0
     disk_bytes: int = 0
     stage_s: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("forward", "scatter", "wait", "commit"), 0.0)
+        default_factory=lambda: dict.fromkeys(("forward", "scatter", "wait", "commit", "blocked"), 0.0)
     )
+    was_enough: bool = False
 
     @property
     def was_complete(self) -> bool:
@@ -88,6 +93,7 @@ def build(
     corpus_name: str,
     encode_threads: int = 1,
     reporter: Reporter | None = None,
+    admission: MakeAdmission | None = None,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
     """Build a store, or continue one; a finished one is left as it is.
@@ -100,6 +106,7 @@ def build(
         corpus_name: what the corpus is called in the plan.
         encode_threads: threads that compress.
         reporter: told about progress.
+        admission: makes what decides when a shard may be started; None: at once.
         on_operation: called before every step that changes the disk.
 
     Raises:
@@ -144,8 +151,19 @@ def build(
                 * settings.seq_len,
                 catalog.grid.n_sequences * settings.seq_len,
             )
-            with ThreadPoolExecutor(max(1, encode_threads), thread_name_prefix="actcache-encode") as pool:
-                _Filler(catalog, disk, decoder, pool, summary, reporter, settings.batch_size).fill(left)
+            rate = Rate(lambda: summary.n_tokens)
+
+            def facts() -> dict[str, Any]:
+                done = min(map(len, (found.committed() for found in catalog.captures.values())))
+                return {"tokens_per_s": rate(), "stage_s": dict(summary.stage_s), "n_committed": done}
+
+            with (
+                ThreadPoolExecutor(max(1, encode_threads), thread_name_prefix="actcache-encode") as pool,
+                Presence(disk, catalog.grid.n_shards, facts) as presence,
+            ):
+                chosen = None if admission is None else admission(catalog, disk, presence)
+                filler = _Filler(catalog, disk, decoder, pool, summary, reporter, settings.batch_size)
+                filler.fill(left, presence, chosen)
     summary.elapsed_s = time.perf_counter() - started
     return summary
 
@@ -189,17 +207,31 @@ class _Filler:
         }
         self._buffers: list[dict[str, Tensor]] = [{}, {}]
 
-    def fill(self, left: dict[int, list[CaptureCatalog]]) -> None:
-        """Commit every shard of `left`, overlapping the model with encoding and the disk."""
+    def fill(
+        self, left: dict[int, list[CaptureCatalog]], presence: Presence, admission: Admission | None
+    ) -> None:
+        """Commit every shard of `left` that is admitted, overlapping the model with encoding and the disk."""
         with ThreadPoolExecutor(1, thread_name_prefix="actcache-commit") as committing:
             pending: Future[None] | None = None
             for turn, (shard, captures) in enumerate(left.items()):
+                presence.starts(shard)
+                if admission is not None and not self._admitted(shard, admission, pending):
+                    break
                 missing = [c for c in captures if not self._adopt(shard, c)]
                 if missing:
                     self._forward(shard, missing, self._buffers[turn % 2])
                 self._wait(pending)
                 pending = committing.submit(self._commit, shard, missing, self._buffers[turn % 2])
             self._wait(pending)
+
+    def _admitted(self, shard: int, admission: Admission, pending: "Future[None] | None") -> bool:
+        """Wait until there is room for a shard; before that, for what is being committed: its real size frees some."""
+        if not admission.fits(shard):
+            self._wait(pending)
+        with self._timed("blocked"):
+            is_admitted = admission.admit(shard)
+        self._summary.was_enough = not is_admitted
+        return is_admitted
 
     def _wait(self, pending: "Future[None] | None") -> None:
         if pending is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actcache.errors import UncommittedError, UsageError
 from actcache.reader.filters import RowRules, limits_from_ratio, resolve_positions
+from actcache.reader.follow import Follower, check_can_follow
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, OrderName, Selection, Stack, parse_shards, shards_text
 from actcache.reader.stream import Stream
@@ -24,6 +25,8 @@ from actcache.store.statistics import QuantisationError
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from actcache.reader.consumer import Consumer
 
 WINDOW_ROWS = 131_072
 PARTITIONS = 8
@@ -214,10 +217,13 @@ class Store:
         layers: Sequence[int] | None = None,
         stack: Stack = "data",
         split: Split = "train",
-        order: OrderName = "global",
+        order: OrderName | None = None,
         commit_shards: int = 4,
         run_chunks: int = 1,
         partial: bool | str = False,
+        follow: bool = False,
+        consumer: str | None = None,
+        patience_s: float = 600.0,
         seed: int = 0,
         epochs: int | None = 1,
         window_rows: int = WINDOW_ROWS,
@@ -245,18 +251,23 @@ class Store:
             stack: "data": a row is one layer of one token, [b, d] (a multi-layer SAE). "feature": all layers of a token
                 side by side, [b, l * d]. "layers": [b, l, d] (crosscoders).
             split: "train" or "holdout".
-            order: "global" mixes the whole split. "commit" goes through shards as they were planned, mixing the last
-                `commit_shards`: what somebody following a running build can have.
+            order: "global" (without `follow` the default) mixes the whole split. "commit" (with it) goes through shards as
+                they were planned, mixing the last `commit_shards`: what somebody following a running build can have.
             commit_shards: see `order`.
             run_chunks: adjacent chunks of a shard that come into the same window, and can be read in one request. Part of
                 the order: 1 mixes best; on object storage 4 to 16 make a quarter to a sixteenth of the requests.
             partial: True: of an unfinished store, the shards that are committed now. They are part of the order, and
                 `stream.shards` says which; to go on with exactly them, give that text.
+            follow: wait for shards that are not committed yet. The rows and their order are those of a finished store in the
+                `commit` order; the stream's `follower` says what it waits for.
+            consumer: the name by which a build with a disk budget knows this reader, see `Store.register`.
+            patience_s: of a follower: StalledError when no shard was committed and no producer heard of for so long.
             seed: of the order.
             epochs: None goes on for ever. Each epoch has another order.
             window_rows: rows shuffled together; more is better mixed and takes more memory.
             partitions: what ranks share out: world_size must divide it.
-            outlier_norm_ratio: drop rows whose norm exceeds this many times their layer's median.
+            outlier_norm_ratio: drop rows whose norm exceeds this many times their layer's median. In the `commit` order the
+                median is that of the store's first shard, which is there before any other.
             norm_limits: or drop rows whose norm exceeds a number, given per layer.
             positions: stream these positions of a sequence only.
             exclude_tokens: leave these token ids out.
@@ -272,7 +283,8 @@ class Store:
             world_size: how many readers share the batches.
 
         Raises:
-            UncommittedError: the store is not finished, and `partial` was not asked for.
+            UncommittedError: the store is not finished, and neither `partial` nor `follow` was asked for.
+            RetiredError: shards were deleted to stay within a disk budget.
             UsageError: an argument cannot be used.
             MemoryBoundError: `memory` or `device_memory` is too little; the message says how much would do.
         """
@@ -287,6 +299,7 @@ class Store:
             commit_shards=commit_shards,
             run_chunks=run_chunks,
         )
+        order = order or ("commit" if follow else "global")
         _check_choice("stack", stack, ("data", "feature", "layers"))
         _check_choice("order", order, ("global", "commit"))
         self._check_captures(captures, selected)
@@ -294,7 +307,19 @@ class Store:
             raise UsageError(f"partitions={partitions}: expected at most {_MOST_PARTITIONS}")
         if partitions % world_size or not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}: world_size must divide partitions={partitions}")
-        shards = self._shards_to_stream(captures, split, partial=partial, world_size=world_size)
+        follower = None
+        if follow:
+            check_can_follow(captures, order=order, epochs=epochs, partial=partial, consumer=consumer)
+            follower = Follower(captures, consumer=consumer, patience_s=patience_s)
+            shards = list(self._shards(split))
+        else:
+            shards = self._shards_to_stream(captures, split, partial=partial, world_size=world_size)
+        if order == "commit" and outlier_norm_ratio is not None:
+            if follower is not None:
+                follower.wait_for([0])
+            of = [0]
+        else:
+            of = list(self._shards("train")) if split != "train" else shards
         selection = Selection(
             hooks=tuple(found.capture.name for found in captures),
             layers=selected,
@@ -309,13 +334,7 @@ class Store:
             window_rows=window_rows,
             partitions=partitions,
             rules=RowRules(
-                norm_limits=self._norm_limits(
-                    captures[0],
-                    shards if split == "train" else None,
-                    selected,
-                    outlier_norm_ratio,
-                    norm_limits,
-                ),
+                norm_limits=self._norm_limits(captures[0], of, selected, outlier_norm_ratio, norm_limits),
                 positions=resolve_positions(positions, self.plan.grid.seq_len),
                 exclude_tokens=None if exclude_tokens is None else tuple(sorted(set(exclude_tokens))),
             ),
@@ -339,7 +358,21 @@ class Store:
             delivery,
             kept=self._catalog.shards.kept,
             shards=np.array(shards, np.int64),
+            follower=follower,
         )
+
+    def register(self, name: str, stream: Stream, *, checkpoint_rows: int | None = None) -> "Consumer":
+        """Tell producers that this process reads the store as consumer `name`; see `actcache.reader.consumer`.
+
+        checkpoint_rows: how many rows it reads between checkpoints.
+
+        Raises:
+            UsageError: the store is built within a disk budget that does not wait for this name, or is too small for it.
+            ExpiredError: the consumer was given up, and shards that it needs are gone.
+        """
+        from actcache.reader.consumer import Consumer
+
+        return Consumer(name, stream, self._catalog.objects, checkpoint_rows)
 
     def _check_captures(self, captures: list[CaptureCatalog], layers: tuple[int, ...]) -> None:
         """UsageError where captures or layers cannot be streamed together."""
@@ -373,7 +406,8 @@ class Store:
             raise UncommittedError(
                 f"{len(missing)} of {len(wanted)} {split} shards of {', '.join(c.capture.name for c in captures)} in "
                 f"{self.url} are not committed yet (the first is {missing[0]}). Finish the build first: run the same "
-                f"command again. Or stream what there is: partial=True (--partial)."
+                f"command again. Or stream what there is: partial=True (--partial); or follow the build: follow=True "
+                f"(--follow)."
             )
         if not committed:
             raise UncommittedError(
@@ -389,7 +423,7 @@ class Store:
     def _norm_limits(
         self,
         capture: CaptureCatalog,
-        shards: Sequence[int] | None,
+        shards: Sequence[int],
         layers: tuple[int, ...],
         ratio: float | None,
         limits: Mapping[int, float] | None,
@@ -403,8 +437,7 @@ class Store:
             return tuple(float(limits[layer]) for layer in layers)
         if ratio is None:
             return None
-        of = self._shards("train") if shards is None else shards
-        return limits_from_ratio(capture, self._catalog.shards.kept, of, layers, ratio)
+        return limits_from_ratio(capture, self._catalog.shards.kept, shards, layers, ratio)
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ from actcache.reader.buffers import Shape
 from actcache.reader.counters import Counters
 from actcache.reader.device import Chunk
 from actcache.reader.filters import RowFilter
+from actcache.reader.follow import Follower
 from actcache.reader.layout import Lane, Layout, Places, lay_out
 from actcache.reader.order import (
     CommitOrder,
@@ -39,6 +40,7 @@ class Filling:
     """Fills windows of a selection, one at a time or ahead.
 
     captures  one per hook.    kept  [shard] kept rows.    shards  those that are streamed, ascending.
+    follower  waits for shards that are not committed yet; None: all are.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class Filling:
         *,
         kept: NDArray[np.int64],
         shards: NDArray[np.int64],
+        follower: Follower | None = None,
     ) -> None:
-        self.counters = Counters()
+        self.counters, self._follower = Counters(), follower
         self._captures, self._selection, self._delivery = captures, selection, delivery
         self._grid = grid = captures[0].plan.grid
         self.chunks = list_chunks(shards, kept[shards], grid.rows_per_chunk)
@@ -144,10 +147,41 @@ class Filling:
 
     # Filling.
 
+    def is_done(self, epoch: int, window: int) -> bool:
+        """Whether `wait` would not have to wait. Begins to fill the window where that is possible now."""
+        return self._can_begin(epoch, window) and self.get(epoch, window).is_done
+
+    def _can_begin(self, epoch: int, window: int) -> bool:
+        return self._follower is None or self._follower.are_there(self._shards_of(epoch, window))
+
+    def _shards_of(self, epoch: int, window: int) -> list[int]:
+        """The shards a window draws from, ascending."""
+        order = self.order(epoch)
+        found = order.shards_of(window) if isinstance(order, CommitOrder) else np.unique(self.chunks.shard)
+        return found.tolist()
+
+    def first_shard(self, epoch: int, window: int) -> int:
+        """The lowest shard that this window and those after it draw from; past the last where there is none."""
+        order = self.order(epoch)
+        if window >= order.n_windows:
+            return int(self.chunks.shard[-1]) + 1
+        return self._shards_of(epoch, window)[0]
+
+    def _forget_before(self, epoch: int, window: int) -> None:
+        """What is known of shards that the `commit` order has left behind is let go of: a plan may have any number."""
+        if isinstance(self.order(epoch), CommitOrder):
+            first = self.first_shard(epoch, window)
+            for found in self._captures:
+                found.forget_before(first)
+            if self.filter is not None:
+                self.filter.forget_before(first)
+
     def get(self, epoch: int, window: int) -> Fill:
         """The fill of a window: the one begun ahead, or one begun now, in whatever memory it takes."""
         self._check_process()
         if (epoch, window) not in self._fills:
+            if self._follower is not None:
+                self._follower.wait_for(self._shards_of(epoch, window))
             if self.courier is not None and not self.windows.has_room:
                 self.courier.settle(wait=True)  # copies under way keep memory that is free otherwise
                 self.windows.wait_for_room()
@@ -156,10 +190,11 @@ class Filling:
 
     def wait(self, epoch: int, window: int) -> tuple[Fill, Layout]:
         """The window, whole; forgotten here, so that whoever holds its tensors decides how long they live."""
-        self._awaited = fill = self.get(epoch, window)
-        del self._fills[epoch, window]
         started = perf_counter()
+        self._forget_before(epoch, window)
         try:
+            self._awaited = fill = self.get(epoch, window)
+            del self._fills[epoch, window]
             return fill, fill.wait()
         finally:
             self._awaited = None
@@ -177,7 +212,7 @@ class Filling:
         following = (epoch, window + 1) if window + 1 < self.order(epoch).n_windows else (epoch + 1, 0)
         if following in self._fills or following[0] == self._delivery.epochs:
             return
-        if self.windows.has_room:
+        if self.windows.has_room and self._can_begin(*following):
             self._fills[following] = self._begin(*following)
 
     def _begin(self, epoch: int, window: int) -> Fill:
@@ -244,6 +279,8 @@ class Filling:
     def close(self) -> None:
         """Stop at once; let go of threads, buffers and files. One that is stuck in a read ends when the read does."""
         self.forget()
+        if self._follower is not None:
+            self._follower.close()
         if self._fetching is not None:  # not waited for: a request may take until its deadline
             self._fetching.pool.shutdown(wait=False, cancel_futures=True)
             self._fetching = None

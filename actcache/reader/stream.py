@@ -19,6 +19,7 @@ from actcache.reader.counters import Counters
 from actcache.reader.courier import BATCHES_AHEAD, Courier, Parcel
 from actcache.reader.cursor import Cursor, from_state, to_state
 from actcache.reader.filling import Filling
+from actcache.reader.follow import Follower
 from actcache.reader.provenance import Provenance
 from actcache.reader.quality import Expected, Quality, QualityMeter, expected
 from actcache.reader.selection import Delivery, Selection, shards_text
@@ -77,6 +78,7 @@ class Stream:
     ahead, devices, ranks and restarts change nothing. Iterating again goes on from the cursor.
 
     captures  one per hook of the selection.    kept  [shard] kept rows.    shards  those of the selection, ascending.
+    follower  waits for shards that are not committed yet; None: all are.
     """
 
     def __init__(
@@ -88,10 +90,13 @@ class Stream:
         *,
         kept: NDArray[np.int64],
         shards: NDArray[np.int64],
+        follower: Follower | None = None,
     ) -> None:
-        self.selection, self.delivery = selection, delivery
+        self.selection, self.delivery, self.follower = selection, delivery, follower
         self._captures, self._provenance, self._kept, self._shards = captures, provenance, kept, shards
-        self._filling = Filling(captures, provenance, selection, delivery, kept=kept, shards=shards)
+        self._filling = Filling(
+            captures, provenance, selection, delivery, kept=kept, shards=shards, follower=follower
+        )
         self._cursor = Cursor(0, 0, 0)
 
     # What a consumer may ask.
@@ -131,10 +136,16 @@ class Stream:
 
     @property
     def n_rows(self) -> int:
-        """Rows of one epoch over all ranks, after filters. With filters every shard's side arrays are read for it."""
+        """Rows of one epoch over all ranks, after filters. With filters every shard's side arrays are read for it.
+
+        In the `commit` order what only those side arrays say is left out, because a follower cannot know it yet: with norm
+        limits this is the most there can be.
+        """
         filling = self._filling
         if filling.filter is None:
             return filling.n_chunk_rows
+        if self.selection.order == "commit":
+            return sum(filling.filter.n_planned(int(s)) for s in self._shards) * len(filling.lanes)
         return sum(
             int(filling.filter.passing(int(shard), lane).sum())
             for shard in np.unique(filling.chunks.shard)
@@ -147,7 +158,7 @@ class Stream:
         return self._filling.n_chunk_rows - self.n_rows
 
     def __len__(self) -> int:
-        """Batches in all epochs together; TypeError where they never end."""
+        """Batches in all epochs together, by `n_rows`; TypeError where they never end."""
         if self.delivery.epochs is None:
             raise TypeError("a stream with epochs=None never ends, so it has no length")
         whole, rest = divmod(self.n_rows, self.selection.batch_size)
@@ -184,7 +195,13 @@ class Stream:
 
     def _copy(self, delivery: Delivery) -> "Stream":
         return Stream(
-            self._captures, self._provenance, self.selection, delivery, kept=self._kept, shards=self._shards
+            self._captures,
+            self._provenance,
+            self.selection,
+            delivery,
+            kept=self._kept,
+            shards=self._shards,
+            follower=None if self.follower is None else self.follower.again(),
         )
 
     def quality(self, n_batches: int = 64) -> Quality:
@@ -229,6 +246,28 @@ class Stream:
         cursor = from_state(state, self.settings)
         self._filling.forget()
         self._cursor = cursor
+
+    def first_shard(self, state: dict[str, Any] | None = None) -> int:
+        """The lowest shard that is needed from the cursor on, or from a saved one; one past the last where none is."""
+        epoch, window, _slot = self._cursor if state is None else from_state(state, self.settings)
+        if self.delivery.epochs is not None and epoch >= self.delivery.epochs:
+            return int(self._shards[-1]) + 1
+        return self._filling.first_shard(epoch, window)
+
+    @property
+    def shard_numbers(self) -> list[int]:
+        """The shards that are streamed, ascending."""
+        return self._shards.tolist()
+
+    def is_within_reach(self) -> bool:
+        """Whether no shard that is needed from the cursor on was retired."""
+        first = self.first_shard()
+        return not any(first <= shard <= self._shards[-1] for shard in self._captures[0].retired())
+
+    @property
+    def shards_per_window(self) -> int:
+        """Shards that a window mixes."""
+        return self.selection.commit_shards or len(self._shards)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of `epoch`, counted from 0."""
@@ -280,7 +319,7 @@ class Stream:
         for window in range(first_window, n_windows):
             skipped = first_slot if window == first_window else 0
             n_carried = 0 if carried is None else carried.n_slots
-            if not self._filling.get(epoch, window).is_done:
+            if not self._filling.is_done(epoch, window):
                 yield None
             part = self._part(epoch, window, skipped, carried)
             carried = None  # lets go of the window before

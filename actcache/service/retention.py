@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from actcache.errors import ExpiredError, UsageError
+from actcache.producer.presence import Presence
 from actcache.service.footprint import Footprint
 from actcache.store.disk import Disk
 from actcache.store.live import (
@@ -72,6 +73,27 @@ class Blocked(NamedTuple):
     waiting_for: tuple[str, ...]
 
 
+def bounded_by(
+    budget: DiskBudget, on_blocked: Callable[[Blocked | None], None] = lambda _why: None
+) -> Callable[[Catalog, Disk, Presence], "Retention"]:
+    """What `build` takes as `admission`: a disk budget, and who is told that the producer waits."""
+
+    def make(catalog: Catalog, disk: Disk, presence: Presence) -> Retention:
+        said: list[Blocked | None] = [None]
+
+        def tell(why: Blocked | None) -> None:
+            if why != said[0]:
+                said[0] = why
+                presence.blocked(*(why or (None, ())))
+                on_blocked(why)
+
+        made = Retention(catalog, disk, budget, on_blocked=tell)
+        presence.also_tells(lambda: {"used_bytes": made.used_bytes})
+        return made
+
+    return make
+
+
 def shards_needed(keeps_shards: int, interval_shards: int, in_flight: int) -> int:
     """Training shards that have to fit for producer and consumer to go on side by side."""
     return keeps_shards + in_flight + max(1, interval_shards)
@@ -111,6 +133,11 @@ class Retention:
     # Whether it can work.
 
     @property
+    def _n_for_good(self) -> int:
+        """Shards that are never retired: the holdout, and always the first (see `Store.stream`, outlier_norm_ratio)."""
+        return max(1, self.catalog.grid.n_holdout_shards)
+
+    @property
     def room_bytes(self) -> int:
         """Bytes for shards."""
         return self.budget.max_bytes - self._footprint.fixed_bytes
@@ -118,12 +145,12 @@ class Retention:
     @property
     def slots(self) -> int:
         """Training shards that fit beside the holdout, if none of them can be compressed."""
-        held = self.catalog.grid.n_holdout_shards
+        held = self._n_for_good
         return int((self.room_bytes - self._cost[:held].sum()) // max(1, self._footprint.most[held:].max()))
 
     def least_bytes(self, n_training_shards: int) -> int:
         """The least budget that holds this many training shards."""
-        held = self.catalog.grid.n_holdout_shards
+        held = self._n_for_good
         n = min(n_training_shards, self.catalog.grid.n_shards - held)
         return int(
             self._footprint.fixed_bytes + self._cost[:held].sum() + n * self._footprint.most[held:].max()
@@ -182,6 +209,11 @@ class Retention:
 
     # Admission.
 
+    def fits(self, shard: int) -> bool:
+        """Whether `shard` may be started now, without making room."""
+        self._look()
+        return self._excess(shard) <= 0
+
     def admit(self, shard: int) -> bool:
         """Wait until `shard` may be started, making room meanwhile. False: no consumer needs it any more.
 
@@ -227,7 +259,7 @@ class Retention:
     def _make_room(self, shard: int, needed: int, consumers: dict[str, ConsumerState | None]) -> bool:
         """Retire the lowest shards that nobody needs until `shard` fits; whether any was."""
         n_shards, made = self.catalog.grid.n_shards, False
-        for candidate in range(self.catalog.grid.n_holdout_shards, min(needed, shard)):
+        for candidate in range(self._n_for_good, min(needed, shard)):
             if candidate in self._retired or not self._settled[candidate]:
                 continue
             if self._excess(shard) <= 0:
@@ -247,7 +279,7 @@ class Retention:
     # Waiting.
 
     def _why(self, shard: int, consumers: dict[str, ConsumerState | None], needed: int) -> Blocked:
-        held = self.catalog.grid.n_holdout_shards
+        held = self._n_for_good
         said, waiting_for = [], []
         for name, state in consumers.items():
             if state is None:

@@ -4,11 +4,13 @@
     .live/budget.json             the disk budget, and the consumers it waits for
     .live/consumer-NAME.json      a consumer: which shards its last saved checkpoint still needs
     .live/expired-NAME.json       a consumer that was given up for lost
+    .live/ended-RANK.json         the last state of a producer that was stopped or failed
 
 Small files, replaced whole, so nobody sees half of one. They steer waiting and making room; no row is read by them.
 `beat` rises while a process lives: who watches it compares it with its own clock, so clocks need not agree.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -159,6 +161,8 @@ class LocalLive:
     def drop(self, name: str) -> None:
         """Remove the file `name`, if it is there."""
         (self._folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others' files are in it, or it is not there
+            self._folder.rmdir()
 
 
 def live_writer(objects: Objects) -> LiveWriter:
@@ -216,9 +220,14 @@ def _read(objects: Objects, key: str, kind: type[S]) -> S | None:
 
 
 def read_producers(objects: Objects) -> list[ProducerState]:
-    """The producers whose workspaces are there, dead ones among them."""
-    found = (_read(objects, f"{WORK_DIR}/{name}/{STATE}", ProducerState) for name in objects.names(WORK_DIR))
-    return sorted((state for state in found if state is not None), key=lambda s: (s.rank, s.started_at))
+    """The producers whose workspaces are there, dead ones among them; in place of one that said how it ended, that."""
+    keys = [f"{WORK_DIR}/{name}/{STATE}" for name in objects.names(WORK_DIR)]
+    there = [state for state in (_read(objects, key, ProducerState) for key in keys) if state is not None]
+    names = [name for name in objects.names(LIVE_DIR) if name.startswith("ended-") and name.endswith(".json")]
+    ended = [_read(objects, f"{LIVE_DIR}/{name}", ProducerState) for name in names]
+    ranks = {state.rank for state in there}
+    there += [state for state in ended if state is not None and state.rank not in ranks]
+    return sorted(there, key=lambda state: (state.rank, state.started_at))
 
 
 def read_consumers(objects: Objects) -> dict[str, ConsumerState]:
@@ -246,6 +255,11 @@ def consumer_file(name: str) -> str:
 def expired_file(name: str) -> str:
     """Name of the file that says that a consumer was given up."""
     return f"expired-{check_name(name)}.json"
+
+
+def ended_file(rank: int) -> str:
+    """Name of the file that says how a producer ended."""
+    return f"ended-{rank}.json"
 
 
 class Watch:

@@ -167,6 +167,12 @@ class CaptureCatalog:
             )
         return self._readers[shard]
 
+    def forget_before(self, shard: int) -> None:
+        """Let go of what was read about lower shards; it is read again where somebody asks."""
+        for known in (self._records, self._readers):
+            for number in [n for n in list(known) if n < shard]:
+                known.pop(number, None)
+
     def side(self, name: str, shard: int) -> NDArray[Any]:
         """A side array's values for one committed shard, in the shape of its object; not `exact`, which others read."""
         spec, expected = self.arrays[name], self.record(shard).side[name]

@@ -13,81 +13,16 @@ from actcache.errors import DamageError, ExpiredError, RetiredError, UsageError
 from actcache.service.footprint import Footprint, bytes_under
 from actcache.service.retention import DiskBudget, Retention, shards_needed
 from actcache.store.disk import Disk
-from actcache.store.live import (
-    ConsumerState,
-    LocalLive,
-    consumer_file,
-    encode,
-    read_budget,
-    read_expiry,
-    whereabouts,
-)
+from actcache.store.live import read_budget, read_expiry
 from actcache.store.objects import LocalObjects
-from actcache.store.open import Catalog
 from actcache.store.verify import find_problems
-from tests.conftest import check_rows, commit_shards, write_store
-
-N_SHARDS, N_HOLDOUT = 12, 1
-STORE = {
-    "n_sequences": N_SHARDS * 4,
-    "per_shard": 4,
-    "seq_len": 64,
-    "rows_per_chunk": 64,
-    "width": 256,
-    "codec": "none",
-    "n_holdout_shards": N_HOLDOUT,
-    "commit": [],
-}
-
-pytestmark = pytest.mark.usefixtures("fast_disk")
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("planned") / "s.zarr", **STORE)
+from tests.conftest import check_rows, commit_shards
+from tests.service.conftest import N_HOLDOUT, N_SHARDS, Time, catalog_of, say
 
 
 @pytest.fixture
-def truth(planned, tmp_path):
-    root = tmp_path / "s.zarr"
-    shutil.copytree(planned.root, root)
-    return planned.__class__(
-        **{**{f: getattr(planned, f) for f in planned.__dataclass_fields__}, "root": root}
-    )
-
-
-def catalog_of(truth) -> Catalog:
-    return Catalog(LocalObjects(truth.root))
-
-
-def say(truth, name: str, needs: int, *, at: int | None = None, phase="working", beat=0, keeps=1, interval=0):
-    """What a consumer would write."""
-    state = ConsumerState(
-        name=name,
-        needs_shard=needs,
-        at_shard=needs if at is None else at,
-        phase=phase,
-        beat=beat,
-        keeps_shards=keeps,
-        interval_shards=interval,
-        **whereabouts(),
-    )
-    LocalLive(truth.root).put(consumer_file(name), encode(state))
-
-
-class Time:
-    """A clock that a test moves; sleeping moves it and lets `then` happen."""
-
-    def __init__(self, then=lambda: None) -> None:
-        self.now, self.then, self.n_sleeps = 0.0, then, 0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.n_sleeps += 1
-        self.then()
+def truth(planned):
+    return planned
 
 
 def budget_for(truth, n_training: int, consumers=("a",), **more) -> DiskBudget:
