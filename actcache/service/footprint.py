@@ -69,9 +69,9 @@ def bytes_of(path: Path) -> int:
 def bytes_under(root: Path) -> int:
     """What a folder takes with everything in it, as `du` counts: a file of several names once."""
     total, seen = bytes_of(root), set[int]()
-    for path in _walk(root):
+    for entry in _walk(str(root)):
         try:
-            found = path.stat(follow_symlinks=False)
+            found = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             continue
         if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
@@ -82,16 +82,16 @@ def bytes_under(root: Path) -> int:
     return total
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: str, leave_out: frozenset[str] = frozenset()) -> Iterator[os.DirEntry[str]]:
+    """Everything under a folder, but nothing in the folders `leave_out`."""
     try:
         entries = list(os.scandir(folder))
     except FileNotFoundError:
         return
     for entry in entries:
-        path = Path(entry.path)
-        yield path
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(path)
+        yield entry
+        if entry.is_dir(follow_symlinks=False) and entry.path not in leave_out:
+            yield from _walk(entry.path, leave_out)
 
 
 class Footprint:
@@ -122,16 +122,16 @@ class Footprint:
 
     def _plan_bytes(self, captures: Sequence[CaptureCatalog]) -> int:
         """What is on disk already and neither belongs to a shard nor is a record of one."""
-        growing = {self._root / WORK_DIR, self._root / LIVE_DIR, self._root / "retired"}
+        growing = [WORK_DIR, LIVE_DIR, "retired"]
         for found in captures:
-            growing |= {self._root / found.arrays["ledger"].path}
-            growing |= {self._root / spec.path for spec, _key in shard_objects(found.arrays, 0)}
+            growing += [found.arrays["ledger"].path]
+            growing += [spec.path for spec, _key in shard_objects(found.arrays, 0)]
+        left_out = frozenset(str(self._root / path) for path in growing)
         total = bytes_of(self._root)
-        for path in _walk(self._root):
-            is_shards = any(parent in growing for parent in path.parents) and path.name != "zarr.json"
-            if not is_shards and path not in (self._root / WORK_DIR, self._root / LIVE_DIR):
-                total += bytes_of(path)
-        return total
+        for entry in _walk(str(self._root), left_out):
+            if entry.path not in left_out:
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+        return total + sum(bytes_of(self._root / path / "zarr.json") for path in growing)
 
     def actual(self, shard: int) -> int:
         """What a shard takes now: its rows and what is small beside them, in every capture."""

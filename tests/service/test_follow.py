@@ -379,8 +379,10 @@ def test_an_expired_consumer_is_told_unless_nothing_was_lost(whole):
 
 def test_building_within_a_budget_while_it_is_read(kit, tmp_path, monkeypatch):
     """A real build that needs four times its budget; each row once, the disk never over, the same rows as without."""
+    monkeypatch.setattr(follow_module, "_FIRST_POLL_S", 0.01)
+    monkeypatch.setattr(retention_module, "_POLL_S", 0.02)
     chosen = {
-        "n_tokens": 40 * 8 * 16,
+        "n_tokens": 24 * 8 * 16,
         "holdout_frac": 0.05,
         "rows_per_chunk": 32,
         "dtype": "float32",
