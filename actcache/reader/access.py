@@ -15,10 +15,10 @@ from actcache.reader.filters import RowRules, limits_from_ratio, resolve_positio
 from actcache.reader.follow import Follower, check_can_follow
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, OrderName, Selection, Stack, parse_shards, shards_text
-from actcache.reader.stream import Stream
+from actcache.reader.stream import Connect, Stream
 from actcache.store.dtypes import disk_dtype
 from actcache.store.merged import LayerStatistics, layer_statistics, quantisation_errors
-from actcache.store.objects import open_objects
+from actcache.store.objects import Objects, open_objects
 from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.schema import Plan
 from actcache.store.statistics import QuantisationError
@@ -46,10 +46,19 @@ class Store:
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        self._catalog = Catalog(
-            open_objects(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
-        )
+        self._open(open_objects(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes))
+
+    @classmethod
+    def of(cls, objects: Objects, connect: Connect | None = None) -> Self:
+        """A store wherever its objects are. connect: makes what fills windows of streams, where a service does."""
+        made = cls.__new__(cls)
+        made._open(objects, connect)
+        return made
+
+    def _open(self, objects: Objects, connect: Connect | None = None) -> None:
+        self._catalog = Catalog(objects)
         self._provenance = Provenance(self._catalog)
+        self._connect = connect
 
     def __repr__(self) -> str:
         grid = self.plan.grid
@@ -359,6 +368,7 @@ class Store:
             kept=self._catalog.shards.kept,
             shards=np.array(shards, np.int64),
             follower=follower,
+            connect=self._connect,
         )
 
     def register(self, name: str, stream: Stream, *, checkpoint_rows: int | None = None) -> "Consumer":

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import UsageError
-from actcache.reader.buffers import Shape
+from actcache.reader.buffers import Shape, Window
 from actcache.reader.counters import Counters
 from actcache.reader.device import Chunk
 from actcache.reader.filters import RowFilter
@@ -28,7 +28,7 @@ from actcache.reader.order import (
 from actcache.reader.placement import FETCHED_BYTES, place
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, Selection
-from actcache.reader.window import Fetching, Fill, Room
+from actcache.reader.window import Fetching, Fill, Filled, Room, WindowSource
 from actcache.store.dtypes import disk_dtype
 from actcache.store.open import CaptureCatalog
 from actcache.store.shard import ShardReader
@@ -41,6 +41,7 @@ class Filling:
 
     captures  one per hook.    kept  [shard] kept rows.    shards  those that are streamed, ascending.
     follower  waits for shards that are not committed yet; None: all are.
+    source    fills windows; None: threads of this process do, from what they read.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Filling:
         kept: NDArray[np.int64],
         shards: NDArray[np.int64],
         follower: Follower | None = None,
+        source: WindowSource | None = None,
     ) -> None:
-        self.counters, self._follower = Counters(), follower
+        self.counters, self._follower, self._source = Counters(), follower, source
         self._captures, self._selection, self._delivery = captures, selection, delivery
         self._grid = grid = captures[0].plan.grid
         self.chunks = list_chunks(shards, kept[shards], grid.rows_per_chunk)
@@ -76,8 +78,8 @@ class Filling:
         chunk = Chunk(grid.rows_per_chunk, width, itemsize, is_quantised)
         self._chunk_bytes = chunk.n_bytes
         self.windows, self.courier = place(self._shapes(), chunk, delivery, fetches=bool(self._io_threads))
-        self._fills: dict[tuple[int, int], Fill] = {}
-        self._awaited: Fill | None = None
+        self._fills: dict[tuple[int, int], Filled] = {}
+        self._awaited: Filled | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._fetching: Fetching | None = None
         self._pid = os.getpid()
@@ -176,7 +178,7 @@ class Filling:
             if self.filter is not None:
                 self.filter.forget_before(first)
 
-    def get(self, epoch: int, window: int) -> Fill:
+    def get(self, epoch: int, window: int) -> Filled:
         """The fill of a window: the one begun ahead, or one begun now, in whatever memory it takes."""
         self._check_process()
         if (epoch, window) not in self._fills:
@@ -188,7 +190,7 @@ class Filling:
             self._fills[epoch, window] = self._begin(epoch, window)
         return self._fills[epoch, window]
 
-    def wait(self, epoch: int, window: int) -> tuple[Fill, Layout]:
+    def wait(self, epoch: int, window: int) -> tuple[Filled, Layout]:
         """The window, whole; forgotten here, so that whoever holds its tensors decides how long they live."""
         started = perf_counter()
         self._forget_before(epoch, window)
@@ -215,14 +217,21 @@ class Filling:
         if self.windows.has_room and self._can_begin(*following):
             self._fills[following] = self._begin(*following)
 
-    def _begin(self, epoch: int, window: int) -> Fill:
+    def _begin(self, epoch: int, window: int) -> Filled:
+        into = self.windows.take(self._selection.batch_size)
+        if self._source is not None:
+            return self._source.begin(into, epoch, window, self.counters)
+        return self.fill(into, epoch, window)
+
+    def fill(self, into: Window, epoch: int, window: int) -> Fill:
+        """Begin to fill a window in memory of the caller's choice."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._delivery.threads, thread_name_prefix="actcache-stream")
             if self._io_threads:
                 waiting = ThreadPoolExecutor(self._io_threads, thread_name_prefix="actcache-fetch")
                 self._fetching = Fetching(waiting, Room(FETCHED_BYTES))
         return Fill(
-            self.windows.take(self._selection.batch_size),
+            into,
             lambda: self._lay_out(epoch, window),
             self._pool,
             self.counters,
@@ -281,6 +290,8 @@ class Filling:
         self.forget()
         if self._follower is not None:
             self._follower.close()
+        if self._source is not None:
+            self._source.close()
         if self._fetching is not None:  # not waited for: a request may take until its deadline
             self._fetching.pool.shutdown(wait=False, cancel_futures=True)
             self._fetching = None

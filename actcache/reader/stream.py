@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -23,12 +23,14 @@ from actcache.reader.follow import Follower
 from actcache.reader.provenance import Provenance
 from actcache.reader.quality import Expected, Quality, QualityMeter, expected
 from actcache.reader.selection import Delivery, Selection, shards_text
+from actcache.reader.window import WindowSource
 from actcache.store.open import CaptureCatalog
 from actcache.store.schema import digest_of
 
 if TYPE_CHECKING:
     from actcache.reader.dataset import StreamDataset
 
+Connect = Callable[[Selection, Delivery], WindowSource]
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -79,6 +81,7 @@ class Stream:
 
     captures  one per hook of the selection.    kept  [shard] kept rows.    shards  those of the selection, ascending.
     follower  waits for shards that are not committed yet; None: all are.
+    connect   makes what fills windows, where a service does; None: threads of this process do.
     """
 
     def __init__(
@@ -91,11 +94,19 @@ class Stream:
         kept: NDArray[np.int64],
         shards: NDArray[np.int64],
         follower: Follower | None = None,
+        connect: Connect | None = None,
     ) -> None:
-        self.selection, self.delivery, self.follower = selection, delivery, follower
+        self.selection, self.delivery, self.follower, self._connect = selection, delivery, follower, connect
         self._captures, self._provenance, self._kept, self._shards = captures, provenance, kept, shards
         self._filling = Filling(
-            captures, provenance, selection, delivery, kept=kept, shards=shards, follower=follower
+            captures,
+            provenance,
+            selection,
+            delivery,
+            kept=kept,
+            shards=shards,
+            follower=follower,
+            source=None if connect is None else connect(selection, delivery),
         )
         self._cursor = Cursor(0, 0, 0)
 
@@ -202,6 +213,7 @@ class Stream:
             kept=self._kept,
             shards=self._shards,
             follower=None if self.follower is None else self.follower.again(),
+            connect=self._connect,
         )
 
     def quality(self, n_batches: int = 64) -> Quality:
