@@ -41,6 +41,7 @@ class Filling:
 
     captures  one per hook.    kept  [shard] kept rows.    shards  those that are streamed, ascending.
     follower  waits for shards that are not committed yet; None: all are.
+    shapes    of a window's buffers, one per hook.
     source    fills windows; None: threads of this process do, from what they read.
     """
 
@@ -77,7 +78,8 @@ class Filling:
         is_quantised = any(c.capture.codec == "uint8" for c in captures)
         chunk = Chunk(grid.rows_per_chunk, width, itemsize, is_quantised)
         self._chunk_bytes = chunk.n_bytes
-        self.windows, self.courier = place(self._shapes(), chunk, delivery, fetches=bool(self._io_threads))
+        self.shapes = self._shapes()
+        self.windows, self.courier = place(self.shapes, chunk, delivery, fetches=bool(self._io_threads))
         self._fills: dict[tuple[int, int], Filled] = {}
         self._awaited: Filled | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -154,9 +156,9 @@ class Filling:
         return self._can_begin(epoch, window) and self.get(epoch, window).is_done
 
     def _can_begin(self, epoch: int, window: int) -> bool:
-        return self._follower is None or self._follower.are_there(self._shards_of(epoch, window))
+        return self._follower is None or self._follower.are_there(self.shards_of(epoch, window))
 
-    def _shards_of(self, epoch: int, window: int) -> list[int]:
+    def shards_of(self, epoch: int, window: int) -> list[int]:
         """The shards a window draws from, ascending."""
         order = self.order(epoch)
         found = order.shards_of(window) if isinstance(order, CommitOrder) else np.unique(self.chunks.shard)
@@ -167,7 +169,7 @@ class Filling:
         order = self.order(epoch)
         if window >= order.n_windows:
             return int(self.chunks.shard[-1]) + 1
-        return self._shards_of(epoch, window)[0]
+        return self.shards_of(epoch, window)[0]
 
     def _forget_before(self, epoch: int, window: int) -> None:
         """What is known of shards that the `commit` order has left behind is let go of: a plan may have any number."""
@@ -183,7 +185,7 @@ class Filling:
         self._check_process()
         if (epoch, window) not in self._fills:
             if self._follower is not None:
-                self._follower.wait_for(self._shards_of(epoch, window))
+                self._follower.wait_for(self.shards_of(epoch, window))
             if self.courier is not None and not self.windows.has_room:
                 self.courier.settle(wait=True)  # copies under way keep memory that is free otherwise
                 self.windows.wait_for_room()

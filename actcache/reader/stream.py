@@ -30,7 +30,7 @@ from actcache.store.schema import digest_of
 if TYPE_CHECKING:
     from actcache.reader.dataset import StreamDataset
 
-Connect = Callable[[Selection, Delivery], WindowSource]
+Connect = Callable[[list[CaptureCatalog], Selection, Delivery], WindowSource]
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -106,7 +106,7 @@ class Stream:
             kept=kept,
             shards=shards,
             follower=follower,
-            source=None if connect is None else connect(selection, delivery),
+            source=None if connect is None else connect(captures, selection, delivery),
         )
         self._cursor = Cursor(0, 0, 0)
 

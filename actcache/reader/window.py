@@ -130,6 +130,10 @@ class Fill:
         """Whether `wait` would not have to wait."""
         return self._done.is_set()
 
+    def is_done_within(self, seconds: float) -> bool:
+        """Wait so long for it, at most."""
+        return self._done.wait(seconds)
+
     def _open(self, lay_out: Callable[[], Layout]) -> None:
         started = perf_counter()
         try:

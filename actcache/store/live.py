@@ -169,7 +169,8 @@ def live_writer(objects: Objects) -> LiveWriter:
     """Who writes the live files of a store; UsageError where nobody can."""
     if isinstance(objects, LocalObjects):
         return LocalLive(objects.root)
-    make: Callable[[], LiveWriter] | None = getattr(objects, "live_writer", None)
+    behind = getattr(objects, "objects", objects)  # a local cache writes nothing
+    make: Callable[[], LiveWriter] | None = getattr(behind, "live_writer", None)
     if make is None:
         raise UsageError(
             f"a consumer cannot be registered with {objects.url}: that takes a folder, or a service ('actcache serve')"

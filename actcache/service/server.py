@@ -1,0 +1,417 @@
+"""Stores served over Arrow Flight: objects as they lie on disk, and shuffled windows decoded once for all who ask.
+
+Every request says all it needs (`actcache.service.wire`), so nothing is kept of a client between two of them: a server
+that was restarted goes on as if nothing had been, and which rows a trainer has had is known by its checkpoint alone.
+"""
+
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import flight
+
+from actcache.errors import ActcacheError, CursorError, NotFoundError, UnreachableError, UsageError
+from actcache.service.access import Access
+from actcache.service.shelf import Served, Shelf, check_key
+from actcache.service.windows import Entry, Order, WindowCache
+from actcache.service.wire import (
+    MESSAGE_BYTES,
+    MESSAGES_PER_CALL,
+    NamesRequest,
+    PutRequest,
+    ReadRequest,
+    SizeRequest,
+    StreamRequest,
+    WindowTicket,
+    checksum,
+    message,
+    parse,
+    to_flight,
+)
+from actcache.store.live import MOST_BYTES, consumer_file, expired_file
+from actcache.store.schema import digest_of
+from actcache.version import __version__
+
+logger = logging.getLogger(__name__)
+
+MEMORY_BYTES = 4 << 30
+MOST_CALLS = 64
+_MOST_RANGE_BYTES = 256 << 20
+_STOP_S = 5.0
+
+ACTIONS = {
+    "read": "bytes of an object, or ranges of it",
+    "size": "length of an object",
+    "names": "names in a folder of a store",
+    "put": "replace or remove the live file of a consumer",
+    "health": "answers while the service does",
+    "status": "what it serves, to whom, and how busy it is: JSON",
+    "metrics": "the same numbers in Prometheus' text format",
+}
+
+
+@dataclass(slots=True)
+class Numbers:
+    """What a service counts since it began.
+
+    calls, failed, refused  by method; those that failed, and those without the right to call.
+    active      calls under way.    rows, row_bytes  handed out in windows.    object_bytes  read from stores.
+    """
+
+    began: float = field(default_factory=time.monotonic)
+    calls: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+    active: int = 0
+    rows: int = 0
+    row_bytes: int = 0
+    object_bytes: int = 0
+    peers: dict[str, str] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, **amounts: int) -> None:
+        """Add to some sums."""
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
+
+    @contextmanager
+    def call(self, method: str, peer: str) -> Iterator[None]:
+        """A call from its beginning to its end."""
+        with self._lock:
+            if self.active >= MOST_CALLS:
+                raise UnreachableError(f"{MOST_CALLS} calls are under way: ask again in a moment")
+            self.active += 1
+            self.calls[method] = self.calls.get(method, 0) + 1
+            key = secrets.token_hex(4)
+            self.peers[key] = f"{peer} {method}"
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException:
+            with self._lock:
+                self.failed[method] = self.failed.get(method, 0) + 1
+            raise
+        finally:
+            with self._lock:
+                self.active -= 1
+                del self.peers[key]
+
+
+class Server(flight.FlightServerBase):
+    """A service. It listens once made; `stop` ends it.
+
+    Args:
+        location: a store, or a folder with stores in it.
+        access: who may call.
+        host: where to listen; anything but this machine itself needs `access`.
+        port: 0 takes a free one, see `port`.
+        memory_bytes: bound on decoded windows.
+        threads: that decode, per order.
+
+    Raises:
+        UsageError: an open address without a way to tell who calls; arguments that cannot be used.
+        NotFoundError: there is no store.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        access: Access,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        memory_bytes: int = MEMORY_BYTES,
+        threads: int | None = None,
+    ) -> None:
+        access.check_bind(host)
+        self.shelf, self.numbers = Shelf(location), Numbers()
+        self.cache = WindowCache(memory_bytes, threads or min(2, os.cpu_count() or 1))
+        self._is_stopping = threading.Event()
+        options = access.server_options(host, port)
+        self._door = options["middleware"]["access"]
+        try:
+            super().__init__(**options)
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(f"cannot listen on {host}:{port}: {str(error).splitlines()[0]}") from error
+
+    @property
+    def n_refused(self) -> int:
+        """Calls without the right token."""
+        return self._door.n_refused
+
+    # What a client may ask. Whatever goes wrong leaves here as an error with a kind, without paths or traces.
+
+    @contextmanager
+    def _answering(self, method: str, context: Any) -> Iterator[Callable[[], bool]]:
+        peer = context.peer()
+        try:
+            with self.numbers.call(method, peer):
+                yield lambda: self._is_stopping.is_set() or context.is_cancelled()
+        except (ActcacheError, FileNotFoundError) as error:
+            if not isinstance(error, FileNotFoundError) or isinstance(error, ActcacheError):
+                logger.warning("%s from %s: %s: %s", method, peer, type(error).__name__, error.args[-1])
+            raise to_flight(error) from None
+        except flight.FlightError:
+            raise
+        except Exception as error:
+            number = secrets.token_hex(4)
+            logger.exception("%s from %s failed (%s)", method, peer, number)
+            text = f"the service failed ({type(error).__name__}); its log says more under {number}"
+            raise to_flight(ActcacheError(text)) from None
+
+    def do_get(self, context: Any, ticket: flight.Ticket) -> flight.FlightDataStream:
+        """Rows of a window."""
+        with self._answering("do_get", context):
+            asked: WindowTicket = parse(WindowTicket, ticket.ticket)
+            order = self._order(asked)
+        return flight.GeneratorStream(order.schema, self._messages(context, order, asked))
+
+    def _order(self, asked: WindowTicket) -> Order:
+        served = self.shelf.open(asked.store)
+        selection = asked.selected()
+        if selection.partitions % asked.world_size or asked.rank >= asked.world_size:
+            raise UsageError(
+                f"rank {asked.rank} of {asked.world_size}: world_size must divide partitions={selection.partitions}"
+            )
+        order = self.cache.order(served, selection)
+        captures = digest_of([found.capture.digest for found in order.captures])
+        if (asked.plan, asked.captures) != (served.catalog.plan.digest, captures):
+            raise CursorError(
+                f"{asked.store} is another store than the one this stream was opened on: it was replaced. Open it again."
+            )
+        if not order.has(asked.epoch, asked.window):
+            raise UsageError(f"there is no window {asked.window} in epoch {asked.epoch} of {asked.store}")
+        return order
+
+    def _messages(self, context: Any, order: Order, asked: WindowTicket) -> Iterator[Any]:
+        per_message = max(1, MESSAGE_BYTES // sum(s.width * s.dtype.itemsize for s in order.filling.shapes))
+        with self._answering("do_get rows", context) as is_over:
+            first = asked.first
+            for _ in range(MESSAGES_PER_CALL):
+                with self.cache.use(order, asked.epoch, asked.window, is_over) as entry:
+                    found, n_own = _cut(order, entry, asked, first, per_message)
+                    n_slots = len(entry.own_slots(0, 1))
+                    first += found.num_rows
+                    if first >= n_own:
+                        self.cache.served(entry)
+                said = {
+                    "first": first - found.num_rows,
+                    "n_own": n_own,
+                    "n_slots": n_slots,
+                    "crc32c": checksum(found),
+                }
+                self.cache.prepare(order, asked.epoch, asked.window + 1)
+                self.numbers.add(rows=found.num_rows, row_bytes=found.nbytes)
+                yield found, pa.py_buffer(json.dumps(said).encode())
+                if first >= n_own or is_over():
+                    return
+
+    def list_flights(self, context: Any, criteria: bytes) -> Iterator[flight.FlightInfo]:  # noqa: ARG002
+        """The stores."""
+        with self._answering("list_flights", context):
+            found = [self._info(name) for name in self.shelf.names()]
+        yield from (one for one in found if one is not None)
+
+    def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
+        """What a store holds, by its name; or by a StreamRequest the tickets of one epoch of a stream."""
+        with self._answering("get_flight_info", context):
+            if descriptor.descriptor_type == flight.DescriptorType.PATH:
+                name = "/".join(part.decode("utf-8", "replace") for part in descriptor.path)
+                info = self._info(name)
+                if info is None:
+                    raise NotFoundError(f"{name[:200]!r} cannot be opened; the service's log says why")
+                return info
+            return self._epoch(descriptor)
+
+    def _info(self, name: str) -> flight.FlightInfo | None:
+        try:
+            served = self.shelf.open(name)
+            hooks = {n: list(c.capture.layers) for n, c in served.catalog.captures.items()}
+        except NotFoundError:
+            raise
+        except ActcacheError as error:  # one bad store does not hide the others
+            logger.warning("%s cannot be listed: %s", name, error)
+            return None
+        plan = served.catalog.plan
+        said = {"model": plan.request.model.name, "tokens": int(served.catalog.shards.stored.sum())}
+        said |= {"kept_tokens": plan.n_kept, "hooks": hooks, "plan": plan.digest}
+        schema = pa.schema([], metadata={"actcache": json.dumps(said)})
+        rows = sum(plan.n_kept * len(layers) for layers in hooks.values())
+        return flight.FlightInfo(schema, flight.FlightDescriptor.for_path(name), [], rows, -1)
+
+    def _epoch(self, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
+        asked: StreamRequest = parse(StreamRequest, descriptor.command)
+        served = self.shelf.open(asked.store)
+        chosen = {
+            "store": asked.store,
+            "selection": asked.selection,
+            "epoch": asked.epoch,
+            "rank": asked.rank,
+        }
+        chosen |= {"world_size": asked.world_size, "first": 0, "plan": served.catalog.plan.digest}
+        selection = WindowTicket(**chosen, captures="", window=0).selected()
+        order = self.cache.order(served, selection)
+        captures = digest_of([found.capture.digest for found in order.captures])
+        n_windows = order.filling.order(asked.epoch).n_windows
+        tickets = [
+            WindowTicket(**chosen, captures=captures, window=window).encode() for window in range(n_windows)
+        ]
+        endpoints = [flight.FlightEndpoint(ticket, []) for ticket in tickets]
+        return flight.FlightInfo(order.schema, descriptor, endpoints, -1, -1)
+
+    def list_actions(self, context: Any) -> list[tuple[str, str]]:  # noqa: ARG002
+        """What `do_action` does."""
+        return list(ACTIONS.items())
+
+    def do_action(self, context: Any, action: flight.Action) -> Iterator[flight.Result]:
+        """Objects of stores, live files, and how the service is."""
+        body = b"" if action.body is None else action.body.to_pybytes()
+        with self._answering(action.type if action.type in ACTIONS else "do_action", context) as is_over:
+            if action.type == "read":
+                yield from self._read(parse(ReadRequest, body), is_over)
+            elif action.type in ("size", "names", "put"):
+                yield _result(getattr(self, f"_{action.type}")(body))
+            elif action.type == "health":
+                yield _result(
+                    {"status": "stopping" if self._is_stopping.is_set() else "ok", "version": __version__}
+                )
+            elif action.type == "status":
+                yield _result(self.status())
+            elif action.type == "metrics":
+                from actcache.service.metrics import text
+
+                yield flight.Result(pa.py_buffer(text(self)))
+            else:
+                raise UsageError(f"no action {action.type[:100]!r}; there are {', '.join(ACTIONS)}")
+
+    # Objects.
+
+    def _object(self, store: str, key: str) -> tuple[Served, str]:
+        served = self.shelf.open(store)
+        return served, self.shelf.object_key(served, key)
+
+    def _read(self, asked: ReadRequest, is_over: Callable[[], bool]) -> Iterator[flight.Result]:
+        """First the lengths of the ranges, then their bytes, one after the other, in pieces."""
+        served, key = self._object(asked.store, asked.key)
+        objects, size = served.objects, served.objects.size(key)
+        ranges = ((0, size),) if asked.ranges is None else asked.ranges
+        whole = [(start, max(0, min(n, size - start))) for start, n in ranges if start >= 0 and n >= 0]
+        if len(whole) != len(ranges) or (asked.ranges and sum(n for _start, n in whole) > _MOST_RANGE_BYTES):
+            raise UsageError(f"these ranges of {key} cannot be read")
+        yield _result({"lengths": [n for _start, n in whole]})
+        for start, n_bytes in whole:
+            for at in range(0, n_bytes, MESSAGE_BYTES):
+                if is_over():
+                    return
+                piece = objects.read_range(key, start + at, min(MESSAGE_BYTES, n_bytes - at))
+                self.numbers.add(object_bytes=len(piece))
+                yield flight.Result(pa.py_buffer(piece))
+
+    def _size(self, body: bytes) -> dict[str, Any]:
+        asked: SizeRequest = parse(SizeRequest, body)
+        served, key = self._object(asked.store, asked.key)
+        return {"size": served.objects.size(key)}
+
+    def _names(self, body: bytes) -> dict[str, Any]:
+        asked: NamesRequest = parse(NamesRequest, body)
+        if not asked.store and not asked.key:
+            return {"names": list(self.shelf.names())}
+        served, key = self._object(asked.store, asked.key)
+        return {"names": served.objects.names(key)}
+
+    def _put(self, body: bytes) -> dict[str, Any]:
+        asked: PutRequest = parse(PutRequest, body)
+        live = self.shelf.live(self.shelf.open(asked.store))
+        kind, _, rest = check_key(asked.name).partition("-")
+        name = rest.removesuffix(".json")
+        files = {"consumer": consumer_file, "expired": expired_file}
+        if (
+            kind not in files
+            or files[kind](name) != asked.name
+            or (kind == "expired" and asked.text is not None)
+        ):
+            raise UsageError(f"{asked.name[:200]!r} is not a file that a consumer may write")
+        if asked.text is None:
+            live.drop(asked.name)
+        elif len(asked.text) > MOST_BYTES:
+            raise UsageError(f"a state of {len(asked.text):,} characters: at most {MOST_BYTES:,} are kept")
+        else:
+            live.put(asked.name, asked.text.encode())
+        return {}
+
+    # How it is.
+
+    def status(self) -> dict[str, Any]:
+        """What it serves, to whom, and how busy it is."""
+        numbers, tally = self.numbers, self.cache.tally
+        return {
+            "version": __version__,
+            "up_s": round(time.monotonic() - numbers.began, 1),
+            "stores": list(self.shelf.names()),
+            "active_calls": numbers.active,
+            "peers": sorted(numbers.peers.values()),
+            "calls": dict(numbers.calls),
+            "failed": dict(numbers.failed),
+            "refused": self.n_refused,
+            "rows": numbers.rows,
+            "row_bytes": numbers.row_bytes,
+            "object_bytes": numbers.object_bytes,
+            "windows": self.cache.n_windows,
+            "window_bytes": self.cache.used_bytes,
+            "window_limit_bytes": self.cache.limit_bytes,
+            "windows_decoded": tally.decoded,
+            "windows_reused": tally.reused,
+            "windows_evicted": tally.evicted,
+            "waited_for_room_s": round(tally.waited_s, 3),
+        }
+
+    def stop(self) -> bool:
+        """End all calls and stop listening; False where some client kept a call open for longer than a few seconds."""
+        self._is_stopping.set()
+        self.cache.close()
+        stopper = threading.Thread(target=self.shutdown, name="actcache-stop", daemon=True)
+        stopper.start()
+        stopper.join(_STOP_S)
+        return not stopper.is_alive()
+
+
+def _result(value: Any) -> flight.Result:
+    return flight.Result(pa.py_buffer(json.dumps(value).encode()))
+
+
+def _cut(
+    order: Order, entry: Entry, asked: WindowTicket, first: int, per_message: int
+) -> tuple[pa.RecordBatch, int]:
+    """Rows [first, first + per_message) of a rank's, copied; and how many it has in all."""
+    slots, layout = entry.own_slots(asked.rank, asked.world_size), entry.layout
+    assert layout is not None
+    if first > len(slots):
+        raise UsageError(
+            f"window {asked.window} holds {len(slots)} rows of rank {asked.rank}, none from {first} on"
+        )
+    mine = slots[first : first + per_message]
+    at: Any = slice(int(mine[0]), int(mine[-1]) + 1) if asked.world_size == 1 and len(mine) else mine
+    rows = [
+        np.ascontiguousarray(numbers[at]) if asked.world_size > 1 else numbers[at].copy()
+        for numbers in entry.rows
+    ]
+    return (
+        message(
+            order.schema,
+            mine.astype(np.uint32),
+            layout.layer[at].astype(np.int32),
+            layout.row[at],
+            rows,
+        ),
+        len(slots),
+    )
