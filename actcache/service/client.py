@@ -298,7 +298,9 @@ def open_objects(
     return _objects(*connect(url, storage_options), cache_dir, cache_bytes)
 
 
-def _objects(link: Link, store: str, cache_dir: str | os.PathLike[str] | None, cache_bytes: int | None) -> Objects:
+def _objects(
+    link: Link, store: str, cache_dir: str | os.PathLike[str] | None, cache_bytes: int | None
+) -> Objects:
     objects = ServedObjects(link, store)
     if cache_dir is None:
         return objects

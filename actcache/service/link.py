@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import flight
 from pydantic import BaseModel
 
-from actcache.errors import NotFoundError, RefusedError, UnreachableError, UsageError
+from actcache.errors import ActcacheError, NotFoundError, RefusedError, UnreachableError, UsageError
 from actcache.service.access import check_token, read_pem
 from actcache.service.wire import from_flight
 
@@ -120,7 +120,7 @@ class Link:
             if self._client is None:
                 found = self._credentials
                 options: dict[str, Any] = {"generic_options": list(_OPTIONS.items())}
-                if self.location.startswith("grpc+tls"):
+                if self._is_tls:
                     options |= {
                         "tls_root_certs": found.ca,
                         "cert_chain": found.cert,
@@ -136,6 +136,10 @@ class Link:
                 except (pa.ArrowException, ValueError) as error:
                     raise UsageError(f"{self.location} cannot be used: {_first_line(error)}") from error
             return self._client
+
+    @property
+    def _is_tls(self) -> bool:
+        return self.location.startswith("grpc+tls")
 
     def _again(self, client: flight.FlightClient) -> None:
         with self._lock:
@@ -198,6 +202,8 @@ class Link:
             n_tries += 1
             try:
                 return attempt(client)
+            except ActcacheError:
+                raise  # found on this side
             except (flight.FlightError, pa.ArrowException, OSError) as error:
                 if hold is not None and hold.is_over:
                     raise UnreachableError(f"a call of {self.location} was given up") from error
@@ -205,9 +211,12 @@ class Link:
                 if self._heard != heard:  # it came along for a while
                     began, n_tries, pause_s = time.monotonic(), 1, _FIRST_PAUSE_S
                 if time.monotonic() - began > patience_s:
+                    wants = (
+                        " Does it want a certificate of this client (cert=, key=)?" if self._is_tls else ""
+                    )
                     raise UnreachableError(
                         f"{self.location} does not answer ({what}): {_first_line(error)}. Asked {n_tries} times in "
-                        f"{time.monotonic() - began:.0f} s. Is 'actcache serve' running there? Go on from the last cursor."
+                        f"{time.monotonic() - began:.0f} s. Is 'actcache serve' running there?{wants} Go on from the last cursor."
                     ) from error
                 self._again(client)
                 if self._closed.wait(pause_s):

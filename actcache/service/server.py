@@ -95,7 +95,7 @@ class Numbers:
             self.peers[key] = f"{peer} {method}"
         try:
             yield
-        except GeneratorExit:
+        except (GeneratorExit, FileNotFoundError):  # left early; or asked whether something is there
             raise
         except BaseException:
             with self._lock:
@@ -157,17 +157,23 @@ class Server(flight.FlightServerBase):
         try:
             with self.numbers.call(method, peer):
                 yield lambda: self._is_stopping.is_set() or context.is_cancelled()
-        except (ActcacheError, FileNotFoundError) as error:
-            if not isinstance(error, FileNotFoundError) or isinstance(error, ActcacheError):
+        except Exception as error:  # noqa: BLE001 - nothing else may leave
+            raise self._as_sent(error, method, peer) from None
+
+    def _as_sent(self, error: Exception, method: str, peer: str) -> Exception:
+        if isinstance(error, flight.FlightError):
+            return error
+        if self._is_stopping.is_set():  # whatever it is: another server will do better
+            return to_flight(UnreachableError("the service is stopping"))
+        if isinstance(error, ActcacheError | FileNotFoundError):
+            if isinstance(error, ActcacheError):  # else it was asked whether an object is there
                 logger.warning("%s from %s: %s: %s", method, peer, type(error).__name__, error.args[-1])
-            raise to_flight(error) from None
-        except flight.FlightError:
-            raise
-        except Exception as error:
-            number = secrets.token_hex(4)
-            logger.exception("%s from %s failed (%s)", method, peer, number)
-            text = f"the service failed ({type(error).__name__}); its log says more under {number}"
-            raise to_flight(ActcacheError(text)) from None
+            return to_flight(error)
+        number = secrets.token_hex(4)
+        logger.error("%s from %s failed (%s)", method, peer, number, exc_info=error)
+        return to_flight(
+            ActcacheError(f"the service failed ({type(error).__name__}); its log says more under {number}")
+        )
 
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.FlightDataStream:
         """Rows of a window."""
@@ -232,6 +238,20 @@ class Server(flight.FlightServerBase):
                     raise NotFoundError(f"{name[:200]!r} cannot be opened; the service's log says why")
                 return info
             return self._epoch(descriptor)
+
+    def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.SchemaResult:
+        """Of the messages that `get_flight_info` leads to."""
+        return flight.SchemaResult(self.get_flight_info(context, descriptor).schema)
+
+    def do_put(self, context: Any, *_stream: Any) -> None:
+        """Nothing is written this way."""
+        with self._answering("do_put", context):
+            raise UsageError("nothing can be written here")
+
+    def do_exchange(self, context: Any, *_stream: Any) -> None:
+        """Nothing is written this way."""
+        with self._answering("do_exchange", context):
+            raise UsageError("nothing can be written here")
 
     def _info(self, name: str) -> flight.FlightInfo | None:
         try:

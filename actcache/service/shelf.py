@@ -51,7 +51,9 @@ class Shelf:
         if not self.root.is_dir():
             raise NotFoundError(f"nothing to serve at {self.root}: there is no such folder")
         self._is_store = (self.root / "zarr.json").exists()
-        if not self._is_store and not any(True for _name in self.names()):
+        if self._is_store:
+            self.open(next(self.names()))
+        elif not any(True for _name in self.names()):
             raise NotFoundError(
                 f"nothing to serve: there is no store in {self.root} (no folder with a zarr.json)"
             )

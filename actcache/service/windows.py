@@ -5,6 +5,7 @@ stay within a bound on memory. One may go once it was handed out and nobody has 
 for longer: a client that stalls loses its place here and nothing else, for what it is sent is a copy.
 """
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -99,6 +100,9 @@ def _captures(served: Served, selection: Selection) -> list[CaptureCatalog]:
     for name in ("window_rows", "partitions", "run_chunks", "batch_size"):
         if not 1 <= getattr(selection, name) <= 1 << 40:
             raise UsageError(f"{name}={getattr(selection, name)}: expected at least 1")
+    limits = selection.rules.norm_limits
+    if limits is not None and len(limits) != len(selection.layers):
+        raise UsageError(f"norm_limits: {len(limits)} for {len(selection.layers)} layers")
     if selection.partitions > 4096 or (selection.order == "commit") != (selection.commit_shards >= 1):
         raise UsageError("the selection's partitions or commit_shards cannot be used")
     return captures
@@ -110,6 +114,9 @@ def _shards(served: Served, selection: Selection) -> list[int]:
         raise UsageError(f"split={selection.split!r}: expected train or holdout")
     held = grid.n_holdout_shards
     split = range(held) if selection.split == "holdout" else range(held, grid.n_shards)
+    numbers = [] if selection.shards is None else re.findall(r"\d+", selection.shards)
+    if any(len(n) > 9 or int(n) >= grid.n_shards for n in numbers):  # before anything is made of them
+        raise UsageError(f"shards {str(selection.shards)[:100]!r}: there are {grid.n_shards}")
     chosen = list(split) if selection.shards is None else parse_shards(selection.shards)
     if not set(chosen) <= set(split):
         raise UsageError(f"shards {selection.shards!r} are not all in the {selection.split} split")

@@ -60,9 +60,15 @@ class WindowTicket(_Request):
     def selected(self) -> Selection:
         """The selection; UsageError where it is none."""
         try:
-            return _SELECTION.validate_json(json.dumps(self.selection), strict=True)
+            found = _SELECTION.validate_json(json.dumps(self.selection), strict=True)
         except ValidationError as error:
             raise UsageError(f"the ticket's selection cannot be used: {_problems(error)}") from error
+        unknown = set(self.selection) - set(selection_json(found))
+        if unknown:
+            raise UsageError(
+                f"the ticket's selection has {sorted(unknown)[:5]}, which this version does not know"
+            )
+        return found
 
 
 class ReadRequest(_Request):

@@ -3,12 +3,15 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from actcache.service.access import Access
+from actcache.service.server import Server
 from actcache.store.live import ConsumerState, LocalLive, consumer_file, encode, whereabouts
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
-from tests.conftest import Truth, write_store
+from tests.conftest import Truth, as_bits, write_store
 
 N_SHARDS, N_HOLDOUT = 12, 1
 STORE = {
@@ -86,3 +89,44 @@ class Time:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
         self.then()
+
+
+# Services, on real sockets of this machine.
+
+
+@pytest.fixture
+def serve():
+    """`serve(location, access, **options)`: a running service; stopped at the end."""
+    running = []
+
+    def start(location, access=None, **options) -> Server:
+        running.append(Server(str(location), access or Access(), **options))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+def url_of(server: Server, name: str = "s.zarr", scheme: str = "grpc") -> str:
+    return f"{scheme}://127.0.0.1:{server.port}/{name}"
+
+
+def rows_in(stream) -> list[tuple[np.ndarray, ...]]:
+    """Everything that a batch is, for comparing."""
+    return [
+        (
+            *(as_bits(rows) for rows in b.hooks.values()),
+            b.layer.numpy(),
+            b.sequence.numpy(),
+            b.position.numpy(),
+        )
+        for b in stream
+    ]
+
+
+def same(a, b) -> bool:
+    return len(a) == len(b) and all(
+        len(p) == len(q) and all(np.array_equal(x, y) for x, y in zip(p, q, strict=True))
+        for p, q in zip(a, b, strict=True)
+    )

@@ -51,7 +51,7 @@ from tests.conftest import (
     write_corpus,
     write_store,
 )
-from tests.service.conftest import N_HOLDOUT, N_SHARDS, Time, catalog_of, say
+from tests.service.conftest import N_HOLDOUT, N_SHARDS, Time, catalog_of, rows_in, same, say
 from tests.store.strategies import store_settings
 
 SMALL = {"batch_size": 50, "window_rows": 256, "commit_shards": 3, "seed": 5}
@@ -62,16 +62,6 @@ def _quick_polls(monkeypatch):
     """What is waited for comes at a poll, so there is nothing to wait for between two."""
     monkeypatch.setattr(follow_module, "_FIRST_POLL_S", 0.0)
     monkeypatch.setattr(follow_module, "_LAST_POLL_S", 0.001)
-
-
-def batches_of(stream) -> list:
-    return [(as_bits(b.rows), b.layer.numpy(), b.sequence.numpy(), b.position.numpy()) for b in stream]
-
-
-def same(a, b) -> bool:
-    return len(a) == len(b) and all(
-        np.array_equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
-    )
 
 
 class Arrivals:
@@ -106,16 +96,14 @@ def test_a_follower_gets_what_a_finished_store_gives(
         whole = write_store(Path(folder) / "whole.zarr", **given_store)
         following = write_store(Path(folder) / "part.zarr", **given_store, commit=[])
         with actcache.open(whole.root).stream(**chosen, order="commit") as stream:
-            expected = batches_of(stream)
+            expected = rows_in(stream)
         shards = list(range(whole.grid.n_shards))
         order.shuffle(shards)
         with actcache.open(following.root).stream(**chosen, follow=True) as stream:
             stream.follower.on_wait = Arrivals(following, shards, skip)
             found, states = [], []
             for batch in stream:
-                found.append(
-                    (as_bits(batch.rows), batch.layer.numpy(), batch.sequence.numpy(), batch.position.numpy())
-                )
+                found += rows_in([batch])
                 states.append(stream.state_dict())
             length = len(stream)
         assert same(found, expected)
@@ -124,7 +112,7 @@ def test_a_follower_gets_what_a_finished_store_gives(
         for root, more in ((whole.root, {"order": "commit"}), (following.root, {"follow": True})):
             with actcache.open(root).stream(**chosen, **more) as stream:
                 stream.load_state_dict(states[at])
-                assert same(batches_of(stream), expected[at + 1 :])
+                assert same(rows_in(stream), expected[at + 1 :])
 
 
 def test_ranks_follow_alike(whole, planned):
@@ -143,13 +131,13 @@ def test_ranks_follow_alike(whole, planned):
 def test_filters_follow_alike(planned, whole, options):
     """Relative norm limits come from the first shard, which is waited for: a finished store gives the same numbers."""
     with actcache.open(whole.root).stream(**SMALL, **options, order="commit") as stream:
-        limits, expected, n_rows = stream.selection.rules.norm_limits, batches_of(stream), stream.n_rows
+        limits, expected, n_rows = stream.selection.rules.norm_limits, rows_in(stream), stream.n_rows
     commit_shards(planned, [0])
     with actcache.open(planned.root).stream(**SMALL, **options, follow=True) as stream:
         stream.follower.on_wait = Arrivals(planned, range(1, N_SHARDS))
         assert stream.selection.rules.norm_limits == limits
         assert stream.n_rows == n_rows >= sum(len(b[1]) for b in expected)
-        assert same(batches_of(stream), expected)
+        assert same(rows_in(stream), expected)
         assert (
             stream.settings == actcache.open(whole.root).stream(**SMALL, **options, order="commit").settings
         )
@@ -399,7 +387,7 @@ def test_building_within_a_budget_while_it_is_read(kit, tmp_path, monkeypatch):
         "hook": ["resid_post", "mlp_out"],
     }
     with actcache.open(whole).stream(**stream_args, order="commit") as stream:
-        expected = batches_of(stream)
+        expected = rows_in(stream)
     out = tmp_path / "s.zarr"
     catalog = Catalog(LocalObjects(whole))
     footprint = Footprint(catalog, whole, 1)
@@ -435,7 +423,7 @@ def test_building_within_a_budget_while_it_is_read(kit, tmp_path, monkeypatch):
             n_saved += 1
 
         stream.follower.on_starved = save
-        found = batches_of(stream)
+        found = rows_in(stream)
         consumer.finished()
     producer.join(60)
     assert not producer.is_alive()
