@@ -38,8 +38,10 @@ from actcache.service.wire import (
     selection_json,
 )
 from actcache.store.chunk_cache import CachedObjects, ChunkCache
+from actcache.store.dtypes import disk_dtype
 from actcache.store.objects import CACHE_BYTES, Objects
 from actcache.store.open import CaptureCatalog, Catalog
+from actcache.store.quantise import Quantised
 from actcache.store.remote import Range
 from actcache.store.schema import digest_of
 
@@ -111,14 +113,40 @@ class ServedLive:
         self._link.call("put", PutRequest(store=self._store, name=name, text=None))
 
 
+class _Rows(NamedTuple):
+    """What the rows of a part are."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    quantised: None = None
+
+
 class _Part(NamedTuple):
     """Some rows of a message, as many as a chunk may have: what a `Window` takes."""
 
+    reader: _Rows
     lane: Lane
     slots: NDArray[np.int64]
-    chosen: None
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
+    chosen: None = None
+
+
+class _Received:
+    """The parts of a column, one after the other."""
+
+    def __init__(self, rows: NDArray[Any], per_part: int) -> None:
+        self._rows, self._per_part = rows, per_part
+
+    def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
+        """Rows of a part, where they were received; or in `out`."""
+        found = self._rows[number * self._per_part : (number + 1) * self._per_part]
+        if out is None:
+            return found
+        out[: len(found)] = found
+        return out
+
+    def codes_of(self, number: int) -> Quantised:
+        """A service sends no codes."""
+        raise AssertionError(number)
 
 
 class ServedFill:
@@ -188,25 +216,12 @@ class ServedFill:
         dtype, per_part = self._source.dtypes[buffer], self._source.rows_per_part
         rows = rows_of(column, dtype)
         rows.flags.writeable = False
+        kind, lane = _Rows((per_part, rows.shape[1]), dtype), Lane(buffer, 0, 0)
         parts = [
-            _Part(
-                Lane(buffer, 0, 0),
-                np.arange(first + a, first + min(a + per_part, len(rows))),
-                None,
-                (per_part, rows.shape[1]),
-                dtype,
-            )
-            for a in range(0, len(rows), per_part)
+            _Part(kind, lane, np.arange(first + at, first + min(at + per_part, len(rows))))
+            for at in range(0, len(rows), per_part)
         ]
-
-        def part(number: int, out: NDArray[Any] | None) -> NDArray[Any]:
-            found = rows[number * per_part : (number + 1) * per_part]
-            if out is None:
-                return found
-            out[: len(found)] = found
-            return out
-
-        self.window.land(parts, part)
+        self.window.land(parts, _Received(rows, per_part))
 
     def cancel(self, reason: str) -> None:
         """Stop; whoever waits gets an error."""
@@ -236,7 +251,7 @@ class ServedWindows:
     ) -> None:
         self.link = link
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="actcache-link")
-        self.dtypes = [found.arrays["rows"].dtype or np.dtype(np.uint8) for found in captures]
+        self.dtypes = [disk_dtype(found.capture.dtype) for found in captures]
         n_stacked = 1 if selection.stack == "data" else len(selection.layers)
         self.rows_per_part = max(1, captures[0].plan.grid.rows_per_chunk // n_stacked)
         self._draft = WindowTicket(

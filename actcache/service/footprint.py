@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.store.arrays import ArraySpec
+from actcache.store.arrays import ERRORS, ArraySpec, is_quantised
 from actcache.store.codec import CRC_BYTES
 from actcache.store.disk import WORK_DIR
+from actcache.store.dtypes import disk_dtype
 from actcache.store.live import LIVE_DIR, MOST_BYTES
 from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.retire import shard_objects
@@ -32,7 +33,17 @@ _RECORD_BYTES = 4096
 
 def most_bytes(capture: CaptureCatalog, stored: int, block: int) -> int:
     """What a shard of `stored` rows can take in one capture, if nothing of it can be compressed."""
-    return sum(_blocks(_most_of(spec, stored), block) for spec, _key in shard_objects(capture.arrays, 0))
+    found = sum(_blocks(_most_of(spec, stored), block) for spec, _key in shard_objects(capture.arrays, 0))
+    return found + (_blocks(_most_of_blocks(capture, stored), block) if is_quantised(capture.capture) else 0)
+
+
+def _most_of_blocks(capture: CaptureCatalog, stored: int) -> int:
+    """What lies in a quantised shard beside the codes, if every row were stored exactly."""
+    inner, n_layers = capture.arrays["rows"].inner, len(capture.capture.layers)
+    assert inner is not None
+    _one, r, width = inner
+    per_chunk = 8 * width + 4 * r + r * width * disk_dtype(capture.capture.dtype).itemsize + CRC_BYTES
+    return n_layers * (n_stored_chunks(stored, r) * per_chunk + 8 * len(ERRORS) * width) + CRC_BYTES
 
 
 def _most_of(spec: ArraySpec, stored: int) -> int:
