@@ -84,7 +84,7 @@ class Arrivals:
     skip=st.integers(0, 2),
     data=st.data(),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_a_follower_gets_what_a_finished_store_gives(
     given_store, commit_shards_, window_rows, order, skip, data
 ):

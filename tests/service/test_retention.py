@@ -16,7 +16,7 @@ from actcache.store.disk import Disk
 from actcache.store.live import read_budget, read_expiry
 from actcache.store.objects import LocalObjects
 from actcache.store.verify import find_problems
-from tests.conftest import check_rows, commit_shards
+from tests.conftest import check_rows, commit_shards, write_store
 from tests.service.conftest import N_HOLDOUT, N_SHARDS, Time, catalog_of, say
 
 
@@ -338,3 +338,29 @@ def test_states_are_plain_json(truth):
     found = json.loads((truth.root / ".live/consumer-a.json").read_bytes())
     assert found["needs_shard"] == 3
     assert np.isfinite(found["rows"])
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "none", "uint8"])
+@pytest.mark.parametrize(
+    "shape", [{"rows_per_chunk": 16, "width": 48}, {"rows_per_chunk": 64, "width": 8, "seq_len": 9}]
+)
+def test_no_codec_takes_more_than_was_reckoned_with(tmp_path, codec, shape):
+    """Noise compresses least; for uint8 every other row is an outlier."""
+    rng = np.random.default_rng(0)
+    n_sequences, seq_len = 10, shape.get("seq_len", 32)
+    bits = rng.integers(0, 1 << 16, (2, n_sequences, seq_len, shape["width"]), dtype=np.uint16)
+    bits &= 0xBFFF  # finite, and of any size
+    truth = write_store(
+        tmp_path / "s.zarr",
+        **{**shape, "seq_len": seq_len},
+        n_sequences=n_sequences,
+        codec=codec,
+        acts=bits,
+        commit=[],
+    )
+    footprint = Footprint(catalog_of(truth), truth.root, 1)
+    for shard in range(truth.grid.n_shards):
+        commit_shards(truth, [shard])
+        assert 0 < footprint.actual(shard) <= footprint.most[shard]
+        record = truth.root / f"acts/resid_post/ledger/c.0.{shard}"
+        assert record.stat().st_size < footprint.fixed_bytes / truth.grid.n_shards

@@ -124,6 +124,14 @@ def test_a_stream_is_the_same(truth, remote, options):
     assert same([f[:-1] for f in found], [e[:-1] for e in expected])
 
 
+def test_a_quantised_store_is_served_as_it_reads(serve, tmp_path):
+    truth = write_store(tmp_path / "s.zarr", codec="uint8", width=64, seq_len=64, rows_per_chunk=64)
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        expected = rows_in(stream)
+    with actcache.open(url_of(serve(truth.root))).stream(**SMALL) as stream:
+        assert same(rows_in(stream), expected)
+
+
 @given(given_store=store_settings(), data=st.data())
 @settings(max_examples=12)
 def test_a_run_may_change_between_disk_and_service_at_any_batch(given_store, data):
@@ -482,6 +490,7 @@ def test_options_that_are_not_known(server):
 
 def test_following_through_a_service(whole, planned, serve, monkeypatch):
     monkeypatch.setattr(follow_module, "_FIRST_POLL_S", 0.0)
+    monkeypatch.setattr(follow_module, "_LAST_POLL_S", 0.001)
     options = {"batch_size": 50, "window_rows": 256, "commit_shards": 3, "seed": 5}
     with actcache.open(whole.root).stream(**options, order="commit") as stream:
         expected = rows_in(stream)
