@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actcache.producer.build import BuildSummary
     from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
+    from actcache.reader.access import Store
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
@@ -162,6 +163,30 @@ def _device(name: str) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
     return name
+
+
+def _service_options(location: str) -> dict[str, Any] | None:
+    """What the environment says of a service: a token, and certificates by their files."""
+    if not location.startswith("grpc"):
+        return None
+    names = {"token": "ACTCACHE_TOKEN", "ca": "ACTCACHE_CA", "cert": "ACTCACHE_CERT", "key": "ACTCACHE_KEY"}
+    found = {name: os.environ.get(variable) for name, variable in names.items()}
+    return {name: value for name, value in found.items() if value}
+
+
+def _open(location: str) -> "Store":
+    return actcache.open(location, _service_options(location))
+
+
+def _catalog(location: str) -> "Catalog":
+    """A store without what reading rows takes: no torch is imported for a folder."""
+    if location.startswith("grpc"):
+        from actcache.service.client import open_catalog as open_remote
+
+        return open_remote(location, _service_options(location))
+    from actcache.store.open import open_catalog
+
+    return open_catalog(location)
 
 
 @contextlib.contextmanager
@@ -568,12 +593,10 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what a store holds: model, text, layers, size, how much of it is committed."""
-    from actcache.store.open import open_catalog
-
-    catalog = open_catalog(store)
+    catalog = _catalog(store)
     facts = _facts(catalog)
     if shuffle:
-        with actcache.open(store).stream(
+        with _open(store).stream(
             batch_size=batch_size,
             window_rows=window_rows,
             order=order,  # type: ignore[arg-type]
@@ -690,10 +713,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte of a store and compare it with what was committed. Exit 1 and a list when anything differs."""
-    from actcache.store.open import open_catalog
     from actcache.store.verify import find_problems
 
-    catalog = open_catalog(store)
+    catalog = _catalog(store)
     committed = {name: len(found.committed()) for name, found in catalog.captures.items()}
     with _progress("shards", quiet=as_json) as progress:
         task = progress.add_task("verify", total=catalog.grid.n_shards + sum(committed.values()))
@@ -726,10 +748,9 @@ def bench_(
 ) -> None:
     """Measure what limits reading a store here: memory, disk, decoding, the stream; name the bottleneck."""
     from actcache.reader.bench import bench
-    from actcache.store.open import open_catalog
 
-    opened = actcache.open(store)
-    catalog = open_catalog(store)
+    opened = _open(store)
+    catalog = _catalog(store)
     capture = catalog.capture(hook or ("resid_post" if "resid_post" in catalog.captures else opened.hooks[0]))
     found = bench(
         lambda: opened.stream(
@@ -905,7 +926,7 @@ def _train(
 
     from trainer.loop import train
 
-    store = actcache.open(location)
+    store = _open(location)
     n_epochs = config.epochs
     with _stream(
         store,
@@ -1031,7 +1052,7 @@ def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool)
         raise UsageError(
             f"{run} does not say which rows it was trained on; it was not made by 'actcache train'"
         )
-    store = actcache.open(location)
+    store = _open(location)
     if store.plan.request.model.digest != sae.provenance["model"]["digest"]:
         raise UsageError(
             f"{run} was trained on activations of {sae.provenance['model']['name']}, {location} holds those of "
@@ -1079,6 +1100,153 @@ def _evaluation_table(evaluation: "Evaluation") -> Table:
             f"{s.n_alive:,}",
         )
     return table
+
+
+# live: serve, top
+
+
+@app.command()
+def serve(
+    location: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE|DIR", help="A store (a folder or a URL), or a folder with stores in it."
+        ),
+    ],
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Where to listen. Anything but this machine needs a token or --client-ca, and TLS."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one and says which.")] = 8815,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the token that every client must send. Or set ACTCACHE_TOKEN."),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="The service's certificate (PEM): serve over TLS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(help="Let in only clients with a certificate signed by this one (PEM): mTLS."),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Bound on decoded windows, shared by all clients.")] = "4GiB",
+    threads: Annotated[int, typer.Option(help="Threads that decode, per order of rows.")] = 2,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Also answer Prometheus at http://127.0.0.1:PORT/metrics (this machine only)."),
+    ] = None,
+) -> None:
+    """Serve stores over Arrow Flight: `actcache.open("grpc://HOST:PORT/NAME")` is then the same store, and the same stream.
+
+    Windows are decoded once for all trainers and ranks that read the same order. Nothing is kept of a client: stop and start
+    the service as you like, trainers go on where they were.
+    """
+    from actcache.service.access import Access, read_pem
+    from actcache.service.server import Server
+
+    token = _read_token(token_file)
+    pems = {
+        name: None if path is None else read_pem(path, f"--{option}")
+        for name, option, path in (
+            ("cert", "tls-cert", tls_cert),
+            ("key", "tls-key", tls_key),
+            ("client_ca", "client-ca", client_ca),
+        )
+    }
+    _log_to_console()
+    server = Server(
+        location,
+        Access(token=token, **pems),
+        host=host,
+        port=port,
+        memory_bytes=_size(memory),
+        threads=threads,
+    )
+    scheme = "grpc" if tls_cert is None else "grpc+tls"
+    for name in server.shelf.names():
+        print(f"{scheme}://{host}:{server.port}/{name}", flush=True)
+    if metrics_port is not None:
+        from actcache.service.metrics import serve_http
+
+        found, _http = serve_http(server, "127.0.0.1", metrics_port)
+        console.print(f"metrics at http://127.0.0.1:{found}/metrics", highlight=False)
+    console.print("serving; Ctrl-C stops", highlight=False)
+    with _stop_on_signals() as stop:
+        while not stop.wait(1.0):
+            pass
+    status, was_clean = server.status(), server.stop()
+    console.print(
+        f"stopped after {status['up_s']:,.0f} s: {status['rows']:,} rows in {sum(status['calls'].values()):,} calls, "
+        f"{status['refused']:,} refused",
+        highlight=False,
+    )
+    if not was_clean:  # a client that does not read keeps its call open; nothing of ours is in it
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _read_token(path: Path | None) -> str | None:
+    if path is None:
+        return os.environ.get("ACTCACHE_TOKEN")
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UsageError(f"--token-file {path}: {error.strerror}") from error
+
+
+def _log_to_console() -> None:
+    """What a service refuses, and what fails in it, with the time: its log."""
+    import logging
+
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+
+
+@app.command()
+def top(
+    location: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|URL", help="A store, a folder of 'actcache run', or grpc://HOST:PORT/NAME."
+        ),
+    ],
+    every: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Watch a store live: producers and their stages, disk of budget, consumers and how far behind they are, the bottleneck."""
+    from rich.live import Live
+
+    from actcache.service.present import render
+    from actcache.service.watch import Watcher
+
+    catalog, status = _watched(location)
+    watcher = Watcher(catalog)
+    if as_json or once:
+        look = watcher.look(status())
+        if as_json:
+            print(json.dumps(look.as_json()))
+        else:
+            Console().print(render(look))
+        return
+    with _stop_on_signals() as stop, Live(render(watcher.look(status())), console=Console()) as live:
+        while not stop.wait(every):
+            live.update(render(watcher.look(status())))
+
+
+def _watched(location: str) -> tuple["Catalog", Callable[[], dict[str, Any] | None]]:
+    """A store's catalog, and what asks its service, where there is one, how it is."""
+    if location.startswith("grpc"):
+        from actcache.service.client import connect
+
+        link, _name = connect(location, _service_options(location))
+        return _catalog(location), lambda: link.ask("status")
+    inside = Path(location) / "acts.zarr"
+    return _catalog(str(inside) if inside.is_dir() else location), lambda: None
 
 
 # demo

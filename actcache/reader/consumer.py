@@ -139,6 +139,7 @@ class Consumer:
                 changes |= {
                     "phase": "waiting" if is_waiting else "working",
                     "at_shard": self._stream.first_shard(),
+                    "facts": {**state.facts, **self._stream.glance()},
                     **self._speed(state.rows),
                 }
             self._state = state = state.model_copy(update=changes)

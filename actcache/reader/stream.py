@@ -109,6 +109,7 @@ class Stream:
             source=None if connect is None else connect(captures, selection, delivery),
         )
         self._cursor = Cursor(0, 0, 0)
+        self._handed_out: NDArray[np.int64] | None = None
 
     # What a consumer may ask.
 
@@ -266,6 +267,15 @@ class Stream:
             return int(self._shards[-1]) + 1
         return self._filling.first_shard(epoch, window)
 
+    def glance(self) -> dict[str, float]:
+        """How mixed the batch handed out last is, by where its rows come from; cheap, and safe from another thread."""
+        row = self._handed_out
+        if row is None or not len(row):
+            return {}
+        sequence, document = (self._provenance.look_up(name, row) for name in ("sequence", "document"))
+        largest = np.unique(document, return_counts=True)[1].max() / len(row)
+        return {"sequences": float(len(np.unique(sequence))), "largest_document": float(largest)}
+
     @property
     def shard_numbers(self) -> list[int]:
         """The shards that are streamed, ascending."""
@@ -301,6 +311,7 @@ class Stream:
                     # May raise what went wrong further on: the cursor is still before this batch.
                     self._filling.read_ahead(after.epoch, after.window)
                 self._cursor = after
+                self._handed_out = None if part is None else part.row
                 if part is not None:
                     handed_out = time.perf_counter()
                     yield self._batch(part, parcel)
