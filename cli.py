@@ -1,6 +1,8 @@
 """The command line: one command per arrow of the flow. The only module that wires, prints and reads the environment."""
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import signal
@@ -10,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console, RenderableType
@@ -30,9 +32,12 @@ import actcache
 from actcache.errors import ActcacheError, UsageError
 
 if TYPE_CHECKING:
-    from actcache.producer.build import BuildSummary
+    from actcache.producer.corpus import Corpus
     from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
+    from actcache.producer.settings import Settings
+    from actcache.producer.summary import BuildSummary, Reporter
+    from actcache.producer.workers import Rank
     from actcache.reader.access import Store
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
@@ -211,15 +216,71 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 @app.command()
 def build(
+    ctx: typer.Context,
     model: Annotated[str, typer.Option(help="Hub id or local folder of a causal language model.")],
-    corpus: Annotated[
-        str, typer.Option(help="Text: .txt, .jsonl, .jsonl.gz, .jsonl.zst, a folder of them, or a glob.")
-    ],
     out: Annotated[Path, typer.Option(help="Where the store goes, for example acts.zarr.")],
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:WEIGHT]",
+            help="Text: .txt, .jsonl or .json lines (.gz, .zst), .parquet; token ids: .npy, .bin. A file, a folder, a glob, or "
+            "any fsspec URL such as hf://datasets/... Repeat, each with a weight, to mix several in these shares of the tokens.",
+        ),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to cache. Without it: the whole corpus.")] = None,
+    allow_short: Annotated[
+        bool,
+        typer.Option("--allow-short", help="With --tokens: take a corpus that has fewer as far as it goes."),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
-    text_column: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Field that holds the text: text, or messages with --chat-template, where left out."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tokenizer|NAME|FILE",
+            help="Make text of lists of messages: by the tokenizer's own template, one it has by name, or a .jinja file.",
+        ),
+    ] = None,
+    ids_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Field that holds token ids, such as input_ids, of a corpus that is tokenised already."
+        ),
+    ] = None,
+    token_dtype: Annotated[
+        str, typer.Option(help="Numbers in .bin files: uint16, uint32, int32 or int64.")
+    ] = "uint16",
+    document_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Ids per document of .bin and flat .npy files. Without it documents end at the EOS."
+        ),
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence, the unit the model runs on.")] = 128,
+    packing: Annotated[
+        str,
+        typer.Option(
+            help="packed: documents end to end. document: one in each sequence, cut to it or filled up with padding."
+        ),
+    ] = "packed",
+    isolate_documents: Annotated[
+        bool,
+        typer.Option(
+            "--isolate-documents", help="Packed documents do not see each other: each as if run alone."
+        ),
+    ] = False,
+    separator: Annotated[
+        str,
+        typer.Option(
+            help="What begins every document: eos, bos, none, or auto: EOS (else BOS) before text, nothing before messages "
+            "and ids."
+        ),
+    ] = "auto",
     bos: Annotated[bool, typer.Option(help="Begin every sequence with the tokenizer's BOS token.")] = False,
     layers: Annotated[
         str, typer.Option(help='Blocks to cache: "all", "0,3,5" or "0:6" (6 not included).')
@@ -228,6 +289,14 @@ def build(
         list[str] | None,
         typer.Option(
             help="Where in a block: resid_post (default), resid_pre, mlp_in, mlp_out, attn_out. Repeat for several."
+        ),
+    ] = None,
+    hook_module: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:in|:out]",
+            help="Or any module of every block, its input or its output (where left out), such as "
+            "layers.*.mlp.up_proj:out. Repeat for several.",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Stored as bfloat16, float16 or float32.")] = "bfloat16",
@@ -245,7 +314,10 @@ def build(
     ] = 0.01,
     exclude_first: Annotated[
         int,
-        typer.Option(help="Never train on the first N positions of a sequence: attention sinks live there."),
+        typer.Option(
+            help="Never train on the first N positions of a sequence (of a document where they are isolated): attention "
+            "sinks live there."
+        ),
     ] = 1,
     seed: Annotated[
         int, typer.Option(help="Decides the holdout, the order of sequences and the mixing of rows.")
@@ -258,40 +330,255 @@ def build(
     ] = "1GiB",
     sequences_per_shard: Annotated[int | None, typer.Option(help="Shard size by hand, in sequences.")] = None,
     device: Device = "auto",
-    encode_threads: Annotated[int, typer.Option(help="Threads that compress.")] = 1,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: spread a large model over all GPUs, then memory, then disk. Needs accelerate; --device is not used."
+        ),
+    ] = None,
+    encode_threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that compress. Without it: every core the model does not need."),
+    ] = None,
+    allow_non_finite: Annotated[
+        bool,
+        typer.Option(
+            "--allow-non-finite", help="Store rows with NaN or infinity: counted, not in the statistics."
+        ),
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="This process is one of several; torchrun and Slurm say so by themselves."),
+    ] = None,
+    world_size: Annotated[int | None, typer.Option(help="How many they are.")] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="local: this process. ray: --workers actors on a Ray cluster, restarted when they die."
+        ),
+    ] = "local",
+    workers: Annotated[int, typer.Option(help="With --engine ray: actors.")] = 1,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="With --engine ray. Without it: 1 for --device cuda, else 0.")
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(help="With --engine ray.")] = 1.0,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="With --engine ray: a running cluster, such as auto. Default: on this machine."),
+    ] = None,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add",
+            help="Add a hook or layers to the store that is there, from its own tokens: give --model, --out, --hook, --layers.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a language model over text and cache its activations. Run the same command again to continue."""
-    from actcache.model import load_model, load_tokenizer, parse_layers
-    from actcache.producer.corpus import open_corpus
-    from actcache.producer.plan import Settings
-
-    _choice("dtype", dtype, ("bfloat16", "float16", "float32"))
-    _choice("codec", codec, ("zstd", "lz4", "none", "uint8"))
-    _choice("model-dtype", model_dtype, ("auto", "bfloat16", "float16", "float32"))
-    text = open_corpus(corpus, text_column)
+    options = {name: value for name, value in locals().items() if name != "ctx"}
+    _check_build_choices(options)
     _quiet_transformers()
-    tokenizer = load_tokenizer(model, revision)
-    decoder = load_model(model, revision=revision, dtype=model_dtype, device=_device(device))
-    settings = Settings(
-        out=out,
-        hooks=tuple(hook or ("resid_post",)),
-        layers=parse_layers(layers, decoder.n_layers),
-        dtype=dtype,
-        codec=codec,
-        n_tokens=tokens,
-        seq_len=seq_len,
-        bos=bos,
-        holdout_frac=holdout,
-        exclude_first=exclude_first,
-        seed=seed,
-        batch_size=batch_size,
-        sequences_per_shard=sequences_per_shard,
-        shard_memory_bytes=_size(shard_memory),
-    )
-    summary = _build(settings, decoder, tokenizer, text, Path(corpus).name, encode_threads, quiet=as_json)
+    if add:
+        said = {name: ctx.get_parameter_source(name) for name in options}
+        summary = _add(
+            options, {name for name, source in said.items() if source and source.name != "DEFAULT"}
+        )
+    else:
+        summary = _build_new(options)
     if as_json:
-        print(json.dumps({**asdict(summary), "store": str(summary.store)}))
+        print(json.dumps(summary.as_json()))
+
+
+_OF_THE_RUN = frozenset(
+    (
+        *("rank", "world_size", "engine", "workers", "gpus_per_worker", "cpus_per_worker", "ray_address"),
+        *("model", "out", "revision", "layers", "hook", "hook_module", "dtype", "model_dtype", "codec"),
+        *("shard_memory", "device", "device_map", "encode_threads", "allow_non_finite", "add", "as_json"),
+    )
+)
+"""Options of `build` that go with --add; the plan of the store says the others."""
+
+
+def _check_build_choices(options: dict[str, Any]) -> None:
+    _choice("dtype", options["dtype"], ("bfloat16", "float16", "float32"))
+    _choice("codec", options["codec"], ("zstd", "lz4", "none", "uint8"))
+    _choice("model-dtype", options["model_dtype"], ("auto", "bfloat16", "float16", "float32"))
+    _choice("packing", options["packing"], ("packed", "document"))
+    _choice("separator", options["separator"], ("auto", "eos", "bos", "none"))
+    _choice("engine", options["engine"], ("local", "ray"))
+
+
+def _hooks(options: dict[str, Any]) -> tuple[str, ...]:
+    modules = [name if ":" in name else f"{name}:out" for name in options["hook_module"] or ()]
+    return (*(options["hook"] or ([] if modules else ["resid_post"])), *modules)
+
+
+def _open_corpus(options: dict[str, Any], tokenizer: Any, n_ids: int) -> tuple["Corpus", str]:
+    """The corpus, and what it is called in the plan."""
+    from actcache.producer.corpus import choose_fields, open_corpus
+
+    if not options["corpus"]:
+        raise UsageError("--corpus is missing: what text is to be run? (Only --add needs none)")
+    names = ("text_column", "ids_column", "chat_template", "token_dtype", "document_tokens")
+    corpus = open_corpus(
+        options["corpus"], choose_fields(tokenizer, n_ids, **{name: options[name] for name in names})
+    )
+    return corpus, " + ".join(source.name for source in corpus.sources)
+
+
+def _settings(options: dict[str, Any], n_layers: int) -> "Settings":
+    from actcache.model import parse_layers
+    from actcache.producer.settings import Settings
+
+    return Settings(
+        out=options["out"],
+        hooks=_hooks(options),
+        layers=parse_layers(options["layers"], n_layers),
+        dtype=options["dtype"],
+        codec=options["codec"],
+        n_tokens=options["tokens"],
+        allow_short=options["allow_short"],
+        seq_len=options["seq_len"],
+        packing=options["packing"],
+        isolate_documents=options["isolate_documents"],
+        bos=options["bos"],
+        separator=options["separator"],
+        holdout_frac=options["holdout"],
+        exclude_first=options["exclude_first"],
+        seed=options["seed"],
+        batch_size=options["batch_size"],
+        sequences_per_shard=options["sequences_per_shard"],
+        shard_memory_bytes=_size(options["shard_memory"]),
+    )
+
+
+def _load(options: dict[str, Any], dtype: str, device: str) -> Any:
+    from actcache.model import load_model
+
+    return load_model(
+        options["model"],
+        revision=options["revision"],
+        dtype=dtype,
+        device=_device(device),
+        device_map=options["device_map"],
+    )
+
+
+def _build_new(options: dict[str, Any]) -> "BuildSummary":
+    from actcache.model import load_skeleton, load_tokenizer
+    from actcache.producer.build import default_encode_threads
+    from actcache.producer.workers import local_rank_in
+
+    tokenizer = load_tokenizer(options["model"], options["revision"])
+    skeleton = load_skeleton(options["model"], revision=options["revision"])
+    corpus, name = _open_corpus(options, tokenizer, skeleton.vocab_size)
+    settings = _settings(options, skeleton.n_layers)  # mistakes are found before weights are loaded
+    if options["engine"] == "ray":
+        return _build_on_ray(options, settings, tokenizer, corpus, name)
+    rank, (local_rank, n_local) = _rank(options), local_rank_in(os.environ)
+    device = _device(options["device"])
+    if device == "cuda" and n_local > 1:
+        device = f"cuda:{local_rank}"
+    decoder = _load(options, options["model_dtype"], device)
+    return _build(
+        settings,
+        decoder,
+        tokenizer,
+        corpus,
+        name,
+        rank=rank,
+        encode_threads=options["encode_threads"] or default_encode_threads(decoder.device.type, n_local),
+        allow_non_finite=options["allow_non_finite"],
+        quiet=options["as_json"] or rank.rank > 0,
+    )
+
+
+def _rank(options: dict[str, Any]) -> "Rank":
+    from actcache.producer.workers import Rank, rank_in
+
+    given = (options["rank"], options["world_size"])
+    if given == (None, None):
+        return rank_in(os.environ) or Rank()
+    if None in given:
+        raise UsageError("--rank and --world-size go together: which of how many processes is this?")
+    return Rank(*given)
+
+
+def _build_on_ray(
+    options: dict[str, Any], settings: "Settings", tokenizer: Any, corpus: "Corpus", corpus_name: str
+) -> "BuildSummary":
+    from actcache.producer.build import ensure_planned
+    from actcache.producer.ray_engine import RayPool, fill_on_ray
+
+    device = "cpu" if options["device"] == "cpu" or _device_here(options["device"]) == "cpu" else "cuda"
+    pool = {
+        "out": settings.out.resolve(),
+        "model": options["model"],
+        "revision": options["revision"],
+        "dtype": options["model_dtype"],
+        "device": device,
+        "device_map": options["device_map"],
+        "n_workers": options["workers"],
+        "n_gpus": options["gpus_per_worker"]
+        if options["gpus_per_worker"] is not None
+        else int(device == "cuda"),
+        "n_cpus": options["cpus_per_worker"],
+        "encode_threads": options["encode_threads"],
+        "allow_non_finite": options["allow_non_finite"],
+        "address": options["ray_address"],
+    }
+
+    def work(reporter: "Reporter") -> "BuildSummary":
+        decoder = _load(options | {"device_map": None}, options["model_dtype"], "cpu")  # for its digest only
+        _, names = ensure_planned(
+            settings, decoder, tokenizer, corpus, corpus_name=corpus_name, device=device, reporter=reporter
+        )
+        del decoder
+        return fill_on_ray(RayPool(captures=tuple(names), **pool), reporter)
+
+    return _run_build(settings.out, settings.n_tokens, work, quiet=options["as_json"])
+
+
+def _device_here(name: str) -> str:
+    """The class of a device, where `cuda` may be one that only other machines have."""
+    return "cuda" if name.startswith("cuda") else _device(name)
+
+
+def _add(options: dict[str, Any], given: set[str]) -> "BuildSummary":
+    from actcache.model import parse_layers
+    from actcache.producer.add import Addition, add_to_store
+    from actcache.store.open import open_catalog
+
+    wrong = sorted(f"--{name.replace('_', '-')}" for name in given - _OF_THE_RUN)
+    if wrong:
+        raise UsageError(f"--add takes the plan from {options['out']}: leave out {', '.join(wrong)}")
+    request = open_catalog(str(options["out"])).plan.request
+    decoder = _load(
+        options,
+        options["model_dtype"] if "model_dtype" in given else request.model.compute_dtype,
+        options["device"] if "device" in given or request.device not in ("cpu", "cuda") else request.device,
+    )
+    addition = Addition(
+        hooks=_hooks(options),
+        layers=parse_layers(options["layers"], decoder.n_layers),
+        dtype=options["dtype"],
+        codec=options["codec"],
+        memory_bytes=_size(options["shard_memory"]) if "shard_memory" in given else None,
+    )
+    return _run_build(
+        options["out"],
+        None,
+        lambda reporter: add_to_store(
+            options["out"],
+            addition,
+            decoder,
+            encode_threads=options["encode_threads"],
+            allow_non_finite=options["allow_non_finite"],
+            reporter=reporter,
+        ),
+        quiet=options["as_json"],
+    )
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -307,19 +594,45 @@ def _quiet_transformers() -> None:
 
 
 def _build(
-    settings: Any,
+    settings: "Settings",
     decoder: Any,
     tokenizer: Any,
-    text: Any,
+    corpus: "Corpus",
     corpus_name: str,
-    encode_threads: int,
     *,
+    rank: "Rank | None" = None,
+    encode_threads: int | None = None,
+    allow_non_finite: bool = False,
     quiet: bool,
 ) -> "BuildSummary":
-    from actcache.producer.build import Reporter, build
+    from actcache.producer.build import build
+
+    return _run_build(
+        settings.out,
+        settings.n_tokens,
+        lambda reporter: build(
+            settings,
+            decoder,
+            tokenizer,
+            corpus,
+            corpus_name=corpus_name,
+            rank=rank,
+            encode_threads=encode_threads,
+            allow_non_finite=allow_non_finite,
+            reporter=reporter,
+        ),
+        quiet=quiet,
+    )
+
+
+def _run_build(
+    out: Path, n_tokens: int | None, work: Callable[["Reporter"], "BuildSummary"], *, quiet: bool
+) -> "BuildSummary":
+    """Do the work of a build with bars and messages; stopped with Ctrl-C or SIGTERM it says how to go on."""
+    from actcache.producer.summary import Reporter
 
     with _progress("tok", quiet=quiet) as progress:
-        planning = progress.add_task("tokenise", total=settings.n_tokens)
+        planning = progress.add_task("tokenise", total=n_tokens, visible=False)
         running = progress.add_task("activations", total=None, visible=False)
 
         def started(n_done: int, n_tokens: int) -> None:
@@ -328,29 +641,21 @@ def _build(
 
         def forecast(grid: "Grid", size: "SizeForecast") -> None:
             if not quiet:
-                _print_forecast(settings.out, grid, size)
+                _print_forecast(out, grid, size)
 
         reporter = Reporter(
-            on_tokens=lambda n: progress.update(planning, completed=n),
+            on_tokens=lambda n: progress.update(planning, completed=n, visible=True),
             on_forecast=forecast,
             on_start=started,
             on_forward=lambda n: progress.advance(running, n),
         )
         terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            summary = build(
-                settings,
-                decoder,
-                tokenizer,
-                text,
-                corpus_name=corpus_name,
-                encode_threads=encode_threads,
-                reporter=reporter,
-            )
+            summary = work(reporter)
         except KeyboardInterrupt:
             progress.stop()
             console.print(
-                f"stopped; every committed shard of {settings.out} is safe. Run the same command again to continue."
+                f"stopped; every committed shard of {out} is safe. Run the same command again to continue."
             )
             sys.exit(130)
         finally:
@@ -374,26 +679,122 @@ def _print_forecast(out: Path, grid: "Grid", size: "SizeForecast") -> None:
 
 
 def _print_build(summary: "BuildSummary") -> None:
+    from actcache.producer.present import stage_table
+
     if summary.was_complete:
         console.print(
             f"{summary.store} is complete: all {summary.n_shards} shards are committed. Nothing to do."
         )
         return
-    stages = dict(summary.stage_s)
-    stages["forward"] -= stages["scatter"]
-    table = Table(title=f"{summary.store}: built", title_justify="left", show_edge=False)
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    for stage, seconds in stages.items():
-        table.add_row(stage if stage != "wait" else "wait for commit", f"{seconds:.1f}")
-    console.print(table)
-    slowest = max(("forward", "commit"), key=lambda stage: stages[stage])
+    console.print(stage_table(summary))
     console.print(
-        f"{summary.n_tokens:,} tokens in {summary.elapsed_s:.1f} s ({summary.n_tokens / summary.elapsed_s:,.0f} tok/s); "
-        f"{_bytes(summary.raw_bytes)} -> {_bytes(summary.disk_bytes)} "
-        f"({summary.raw_bytes / max(1, summary.disk_bytes):.2f}x); the {slowest} was the bottleneck",
+        f"{summary.n_tokens:,} tokens in {summary.filling_s:.1f} s ({summary.tokens_per_s:,.0f} tok/s, "
+        f"{_bytes(summary.bytes_per_s)}/s); {_bytes(summary.raw_bytes)} -> {_bytes(summary.disk_bytes)} "
+        f"({summary.ratio:.2f}x); the bottleneck was: {summary.bottleneck}",
         highlight=False,
     )
+
+
+# plan
+
+
+def _like_build(
+    **changed: Any,
+) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
+    """A command with the options of `build`, changed: other ones, and None for those it does not have."""
+
+    def wrap(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        hints = get_type_hints(build, include_extras=True)
+        own = {
+            p.name: p.replace(annotation=hints[p.name]) for p in inspect.signature(build).parameters.values()
+        }
+        del own["ctx"]
+        last = own.pop("as_json")
+        parameters = [p for p in {**own, **changed, "as_json": last}.values() if p is not None]
+
+        @functools.wraps(command)
+        def call(**options: Any) -> None:
+            command(options)
+
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+
+    return wrap
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation
+    )
+
+
+@app.command()
+@_like_build(
+    out=_option(
+        "out",
+        Annotated[Path, typer.Option(help="Where the store would go: what is free there is said.")],
+        Path("acts.zarr"),
+    ),
+    model_dtype=None,
+    device=None,
+    device_map=None,
+    encode_threads=None,
+    add=None,
+    read=_option(
+        "read",
+        Annotated[
+            bool,
+            typer.Option(
+                "--read",
+                help="Read the whole of what a build would read, to know whether there is enough. Always done where the "
+                "number of tokens does not say all: without --tokens, and with --packing document.",
+            ),
+        ],
+        default=False,
+    ),
+    tokens_per_s=_option(
+        "tokens_per_s",
+        Annotated[
+            float | None,
+            typer.Option(help="Tokens per second that the model runs at, to say how long it takes."),
+        ],
+        None,
+    ),
+)
+def plan(options: dict[str, Any]) -> None:
+    """What build would make of the same options: tokens, shards, bytes, time. Needs no weights, writes nothing."""
+    from actcache.model import load_skeleton, load_tokenizer
+    from actcache.producer.forecast import make_forecast
+    from actcache.producer.present_forecast import forecast_lines, forecast_notes, forecast_table
+
+    _check_build_choices({**options, "model_dtype": "auto"})
+    _quiet_transformers()
+    if options["tokens_per_s"] is not None and options["tokens_per_s"] <= 0:
+        raise UsageError(f"--tokens-per-s {options['tokens_per_s']:g}: expected a number above 0")
+    decoder = load_skeleton(options["model"], revision=options["revision"])
+    tokenizer = load_tokenizer(options["model"], options["revision"])
+    corpus, _name = _open_corpus(options, tokenizer, decoder.vocab_size)
+    settings = _settings(options, decoder.n_layers)
+    with _progress("tok", quiet=options["as_json"]) as progress:
+        task = progress.add_task("tokenise", total=settings.n_tokens, visible=False)
+        found = make_forecast(
+            settings,
+            decoder,
+            tokenizer,
+            corpus,
+            read=options["read"],
+            tokens_per_s=options["tokens_per_s"],
+            on_tokens=lambda n: progress.update(task, completed=n, visible=True),
+        )
+    if options["as_json"]:
+        print(json.dumps({**asdict(found), "grid": found.grid.as_json()}))
+        return
+    out = Console()
+    for line in forecast_lines(found):
+        out.print(line, highlight=False)
+    out.print(forecast_table(found))
+    out.print(forecast_notes(found), highlight=False, style="dim")
 
 
 # import
@@ -793,6 +1194,117 @@ def bench_(
     if found.request_bytes is not None:
         out.print(f"{_bytes(found.request_bytes)} a request to object storage", highlight=False)
     out.print(f"bottleneck: {found.bottleneck}", highlight=False)
+
+
+@app.command()
+def codecs(
+    store: Annotated[
+        str | None,
+        typer.Argument(metavar="[STORE]", help="Whose rows to try them on: a folder, or an fsspec URL."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Or a model (hub id or local folder), which is run on a sample of --corpus."),
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="Text for --model: as for build.")] = None,
+    text_column: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a hub model.")] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(help="Which capture of the store, or which hook of the model. Default: resid_post."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help='Layers to try, for example "0,5,10". Default: six spread over all.')
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="For --model: stored as bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    seq_len: Annotated[int, typer.Option(help="For --model: tokens per sequence.")] = 128,
+    tokens: Annotated[int, typer.Option(help="For --model: tokens to run.")] = 8192,
+    sample: Annotated[str, typer.Option(help="Rows to try, as bytes before encoding.")] = "64MiB",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Try every codec on your own activations: ratio, speed and error of each, and which one to use."""
+    import tempfile
+
+    from actcache.store.codec_sample import compare_codecs, sample_chunks
+    from actcache.store.open import open_catalog
+    from actcache.store.present import codec_table
+
+    if (store is None) == (model is None) or (model is None) != (corpus is None):
+        raise UsageError(
+            "give a STORE, or --model and --corpus: the rows that codecs are tried on come from there"
+        )
+    with contextlib.ExitStack() as stack:
+        if model is not None and corpus is not None:
+            folder = (
+                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="actcache-codecs-"))) / "s.zarr"
+            )
+            _sample_model(
+                folder, model, revision, corpus, text_column, hook, layers, dtype, tokens, seq_len, device
+            )
+            store, layers = str(folder), None
+        assert store is not None
+        catalog = open_catalog(store)
+        name = hook or ("resid_post" if "resid_post" in catalog.captures else sorted(catalog.captures)[0])
+        capture = catalog.capture(name)
+        chosen = _layers_to_try(layers, capture.capture.layers)
+        with _progress("codecs", quiet=as_json) as progress:
+            task = progress.add_task("try codecs", total=None)
+            chunks = sample_chunks(capture, catalog.shards.kept, _size(sample), chosen)
+            report = compare_codecs(chunks, capture.capture.dtype, lambda _name: progress.advance(task))
+    if as_json:
+        print(json.dumps(report.as_json()))
+        return
+    title = f"{model or store}: {report.n_rows:,} rows of {report.row_bytes} bytes, layers {', '.join(map(str, chosen))}"
+    out = Console()
+    out.print(codec_table(report, title))
+    out.print(f"* {report.recommended}: {report.reason}.", highlight=False)
+    out.print(
+        "Speeds are those of one core. FVU: error over the variance of ordinary kept rows.", style="dim"
+    )
+
+
+def _layers_to_try(text: str | None, there: tuple[int, ...]) -> tuple[int, ...]:
+    from actcache.model import parse_layers
+    from actcache.producer.sampling import spread_layers
+
+    return spread_layers(there) if text is None else parse_layers(text, max(there) + 1)
+
+
+def _sample_model(
+    out: Path,
+    model: str,
+    revision: str | None,
+    corpus: str,
+    text_column: str | None,
+    hook: str | None,
+    layers: str | None,
+    dtype: str,
+    tokens: int,
+    seq_len: int,
+    device: str,
+) -> None:
+    from actcache.model import load_model, load_tokenizer
+    from actcache.producer.corpus import choose_fields, open_corpus
+    from actcache.producer.sampling import build_sample
+
+    _choice("dtype", dtype, ("bfloat16", "float16", "float32"))
+    _quiet_transformers()
+    tokenizer = load_tokenizer(model, revision)
+    decoder = load_model(model, revision=revision, device=_device(device))
+    build_sample(
+        out,
+        decoder,
+        tokenizer,
+        open_corpus([corpus], choose_fields(tokenizer, decoder.vocab_size, text_column=text_column)),
+        hook=hook or "resid_post",
+        layers=_layers_to_try(layers, tuple(range(decoder.n_layers))),
+        dtype=dtype,
+        n_tokens=tokens,
+        seq_len=seq_len,
+    )
 
 
 # train and eval
@@ -1263,7 +1775,7 @@ def demo(
     from actcache.model import load_model, load_tokenizer
     from actcache.producer import samples
     from actcache.producer.corpus import open_corpus
-    from actcache.producer.plan import Settings
+    from actcache.producer.settings import Settings
     from trainer.config import TrainConfig
 
     started = time.perf_counter()
@@ -1287,7 +1799,6 @@ def demo(
         load_tokenizer(model_dir),
         open_corpus(corpus_path),
         corpus_path.name,
-        1,
         quiet=False,
     )
     del decoder

@@ -21,7 +21,7 @@ import actcache
 from actcache.model import load_model, load_tokenizer
 from actcache.producer.build import build
 from actcache.producer.corpus import open_corpus
-from actcache.producer.plan import Settings
+from actcache.producer.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 N_TOKENS = 1_300_000

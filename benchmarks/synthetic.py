@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from actcache.store.arrays import capture_arrays
 from actcache.store.create import CaptureRequest, Sequences, create_plan, staging
 from actcache.store.disk import Disk
 from actcache.store.ledger import ShardCommitter
@@ -26,10 +25,52 @@ def make_store(
     shard_rows: int = 32_768,
 ) -> Path:
     """Write a store unless it is there; returns its path."""
+    n_shards = _shards(n_tokens, shard_rows)
     if (out / "zarr.json").exists() and len(
         Catalog(LocalObjects(out)).capture("resid_post").committed()
-    ) == _shards(n_tokens, shard_rows):
+    ) == n_shards:
         return out
+    make_plan(
+        out,
+        n_tokens=n_tokens,
+        layers=tuple(range(n_layers)),
+        width=width,
+        codec=codec,
+        seq_len=seq_len,
+        shard_rows=shard_rows,
+    )
+    catalog = Catalog(LocalObjects(out))
+    found = catalog.capture("resid_post")
+    rng = np.random.default_rng(0)
+    with Disk(out) as disk, ThreadPoolExecutor(2) as pool:
+        committer = ShardCommitter(
+            disk, catalog.objects, found.capture, found.arrays, pool, "benchmark", lambda _s, _r: ""
+        )
+        for shard in range(n_shards):
+            rows = made_up_rows(rng, (n_layers, shard_rows, width))
+            committer.commit(shard, catalog.shards.records[shard], rows)
+    return out
+
+
+def made_up_rows(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
+    """bfloat16 bits of normal numbers, each column with a scale of its own."""
+    scale = np.exp(np.random.default_rng(0).normal(0, 0.5, shape[-1])).astype(np.float32)
+    return ((rng.standard_normal(shape, dtype=np.float32) * scale).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def make_plan(
+    out: Path,
+    *,
+    n_tokens: int,
+    layers: tuple[int, ...],
+    width: int,
+    codec: str,
+    seq_len: int = 128,
+    shard_rows: int = 32_768,
+    batch_size: int = 16,
+    vocab_size: int = 50_000,
+) -> None:
+    """Write a plan of random tokens, all kept, none held out."""
     per_shard = shard_rows // seq_len
     grid = Grid(
         seq_len=seq_len,
@@ -47,79 +88,60 @@ def make_store(
             name="synthetic",
             revision=None,
             family="none",
-            n_layers=n_layers,
+            n_layers=max(layers) + 1,
             width=width,
             compute_dtype="float32",
             digest=zeros,
         ),
         tokenizer=TokenizerRecord(
-            digest=zeros, vocab_size=50_000, separator_id=0, bos_id=None, special_ids=(0,)
+            digest=zeros, vocab_size=vocab_size, bos_id=None, special_ids=(0,), chat_template=None
         ),
-        corpus=CorpusRecord(name="synthetic", text_column="text", files=()),
+        corpus=CorpusRecord(name="synthetic", sources=()),
         n_tokens=n_tokens,
+        allow_short=False,
         seq_len=seq_len,
+        packing="packed",
+        isolate_documents=False,
         bos=False,
         holdout_frac=0.0,
         exclude_first=0,
         seed=0,
         layout="mixed",
-        batch_size=1,
+        batch_size=batch_size,
         device="cpu",
         sequences_per_shard=per_shard,
         rows_per_chunk=256,
         shard_memory_bytes=1 << 30,
     )
-    captures = [
-        CaptureRequest(
-            hook="resid_post", layers=tuple(range(n_layers)), width=width, dtype="bfloat16", codec=codec
-        )
-    ]
+    capture = CaptureRequest(hook="resid_post", layers=layers, width=width, dtype="bfloat16", codec=codec)
+    rng = np.random.default_rng(1)
 
     def sequences(shard: int) -> Sequences:
-        ids = np.arange(shard * per_shard, (shard + 1) * per_shard, dtype=np.uint32)
-        shape = (per_shard, seq_len)
-        return Sequences(
-            np.ones(shape, np.uint32), np.repeat(ids[:, None], seq_len, 1), np.ones(shape, np.bool_)
-        )
+        chosen = grid.sequences_of(shard)
+        ids, shape = np.arange(chosen.start, chosen.stop, dtype=np.uint32), (len(chosen), seq_len)
+        tokens = rng.integers(1, vocab_size, shape, dtype=np.uint32)
+        return Sequences(tokens, np.repeat(ids[:, None], seq_len, 1), np.ones(shape, np.bool_))
 
     with staging(out, None) as disk:
-        text = TextRecord(
-            n_documents_read=grid.n_sequences,
-            n_documents_used=grid.n_sequences,
-            n_documents_skipped=0,
-            n_documents_empty=0,
-            n_tokens=n_tokens,
-            digest=zeros,
-        )
         create_plan(
             disk,
             version="benchmark",
             request=request,
-            text=text,
+            text=TextRecord(
+                n_documents_read=grid.n_sequences,
+                n_documents_used=grid.n_sequences,
+                n_documents_skipped=0,
+                n_documents_empty=0,
+                n_tokens=n_tokens,
+                n_tokens_cut=0,
+                sources=(),
+                digest=zeros,
+            ),
             grid=grid,
             sequences_of=sequences,
-            captures=captures,
+            captures=[capture],
             on_shard=lambda: None,
         )
-    catalog = Catalog(LocalObjects(out))
-    capture = catalog.capture("resid_post").capture
-    rng = np.random.default_rng(0)
-    scale = np.exp(rng.normal(0, 0.5, width)).astype(np.float32)
-    with Disk(out) as disk, ThreadPoolExecutor(2) as pool:
-        committer = ShardCommitter(
-            disk,
-            catalog.objects,
-            capture,
-            capture_arrays(grid, capture),
-            pool,
-            "benchmark",
-            lambda _s, _r: "",
-        )
-        for shard in range(grid.n_shards):
-            x = rng.standard_normal((n_layers, shard_rows, width), dtype=np.float32) * scale
-            bits = (x.view(np.uint32) >> 16).astype(np.uint16)
-            committer.commit(shard, catalog.shards.records[shard], bits)
-    return out
 
 
 def _shards(n_tokens: int, shard_rows: int) -> int:

@@ -24,7 +24,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from actcache.model import Decoder
 from actcache.producer.build import build
 from actcache.producer.corpus import Corpus, open_corpus
-from actcache.producer.plan import Settings
+from actcache.producer.settings import Settings
 from actcache.store import disk as disk_module
 from actcache.store.arrays import NO_DOCUMENT, disk_dtype
 from actcache.store.create import CaptureRequest, create_plan, staging
@@ -276,11 +276,14 @@ def _request(grid: Grid, width: int, n_layers: int, seed: int) -> Request:
             digest=nothing,
         ),
         tokenizer=TokenizerRecord(
-            digest=nothing, vocab_size=1000, separator_id=0, bos_id=None, special_ids=(0,)
+            digest=nothing, vocab_size=1000, bos_id=None, special_ids=(0,), chat_template=None
         ),
-        corpus=CorpusRecord(name="arrays", text_column="text", files=()),
+        corpus=CorpusRecord(name="arrays", sources=()),
         n_tokens=None,
+        allow_short=False,
         seq_len=grid.seq_len,
+        packing="packed",
+        isolate_documents=False,
         bos=False,
         holdout_frac=0.0,
         exclude_first=0,
@@ -353,6 +356,8 @@ def write_store(
                     n_documents_skipped=0,
                     n_documents_empty=0,
                     n_tokens=int(truth.is_stored.sum()),
+                    n_tokens_cut=0,
+                    sources=(),
                     digest="0" * 64,
                 ),
                 grid=grid,

@@ -72,6 +72,30 @@ def test_build_again_does_nothing_and_other_arguments_are_refused(store, call):
     assert {p: p.stat().st_mtime_ns for p in store.rglob("*")} == before
 
 
+def test_codecs_are_tried_on_a_store_and_on_a_model(store, call):
+    found = json.loads(call("codecs", store, "--sample", "1MB", "--json").out)
+    assert list(found["codecs"]) == ["zstd", "lz4", "none", "uint8"]
+    assert found["recommended"] in ("zstd", "lz4", "none")
+    assert set(found["codecs"]["uint8"]["error"]) == {"0", "2", "3"}
+    said = call("codecs", store, "--layers", "2").out
+    assert "layers 2" in said
+    assert "worst dimension" in said
+    sample = BUILD[1:5]
+    of_model = json.loads(call("codecs", *sample, "--tokens", "2048", "--dtype", "float32", "--json").out)
+    assert of_model["row_bytes"] == 128 * 4
+    assert of_model["codecs"]["uint8"]["ratio"] > 3
+    for wrong in ([], [store, *sample], ["--model", "x"]):
+        assert "give a STORE, or --model and --corpus" in call("codecs", *wrong, code=2).err
+
+
+def test_the_build_ends_with_its_stages(call, tmp_path):
+    shown = call(*BUILD, "--out", tmp_path / "s.zarr", "--codec", "uint8").err
+    for word in ("forward", "encode", "write", "sync and commit", "the bottleneck was: forward", "tok/s"):
+        assert word in shown
+    facts = json.loads(call("info", tmp_path / "s.zarr", "--json").out)["captures"]["resid_post"]
+    assert max(facts["fvu_of_quantising"]) <= max(facts["fvu_of_worst_dimension"]) < 5e-4
+
+
 def test_info_says_what_is_there(store, call):
     facts = json.loads(call("info", store, "--json").out)
     assert facts["tokens"] == 12000

@@ -1,87 +1,51 @@
-"""Filling a store: sequences -> forward -> rows in their mixed place -> encode -> commit, shard after shard.
+"""Building a store: plan it unless it is planned, then fill what is missing.
 
-While one shard is encoded and committed by a thread, the model already runs on the next; two shard buffers are used
-in turn, so memory is bounded and a slow disk makes the model wait rather than lose anything.
+What is asked is compared with what is there, so that the same command continues a build and another one is refused.
 """
 
+import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from actcache.errors import DamageError, UsageError
+from actcache.errors import UsageError
 from actcache.model import Decoder
+from actcache.producer.clock import Clock, TimedPool
 from actcache.producer.corpus import Corpus
-from actcache.producer.plan import (
-    Settings,
-    SizeForecast,
-    capture_requests,
-    check_same,
-    make_request,
-    write_plan,
-)
-from actcache.producer.presence import Admission, Presence, Rate
-from actcache.store.create import sweep_staged
+from actcache.producer.forward import N_SCATTER_THREADS, Forward, make_transfer, mixed_rows
+from actcache.producer.pipeline import Pipeline
+from actcache.producer.plan import write_plan
+from actcache.producer.presence import MakeAdmission, Presence, Rate
+from actcache.producer.settings import Settings, capture_requests, check_same, make_request
+from actcache.producer.summary import BuildSummary, Reporter
+from actcache.producer.workers import Rank, Work, wait_for_plan
+from actcache.store.arrays import disk_dtype
+from actcache.store.claims import Claims
+from actcache.store.create import CaptureRequest, sweep_staged
 from actcache.store.disk import Disk
 from actcache.store.ledger import ShardCommitter
-from actcache.store.mixing import Mixed, mix
 from actcache.store.objects import LocalObjects
 from actcache.store.open import CaptureCatalog, Catalog
-from actcache.store.schema import Grid, ShardRecord
+from actcache.store.schema import Request, ShardRecord
 from actcache.version import __version__
 
-MakeAdmission = Callable[[Catalog, Disk, Presence], Admission]
-_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_MOST_ENCODE_THREADS = 8
 
 
-@dataclass(slots=True)
-class Reporter:
-    """What a build tells its caller while it runs. Every callback may be left out."""
+def default_encode_threads(device: str, n_local: int = 1) -> int:
+    """A worker's share of the cores on a CPU, where the model waits meanwhile; beside a GPU all but two, at most 8.
 
-    on_tokens: Callable[[int], None] = lambda _n: None
-    on_forecast: Callable[[Grid, SizeForecast], None] = lambda _grid, _forecast: None
-    on_start: Callable[[int, int], None] = lambda _n_done, _n_tokens: None
-    on_forward: Callable[[int], None] = lambda _n_tokens: None
-    on_shard: Callable[[int], None] = lambda _shard: None
-
-
-@dataclass(slots=True)
-class BuildSummary:
-    """What a build did.
-
-    n_shards    shards of the store; n_built by this run, n_adopted found whole on disk, the rest were committed.
-    n_tokens    tokens run through the model by this run.
-    stage_s     seconds spent per stage: `forward` and `scatter` on the main thread, `wait` for the commit of the
-                shard before, `commit` (statistics, encoding, disk) on the committing thread; `blocked`: for room on
-                disk.
-    raw_bytes, disk_bytes  of the rows committed by this run.
-    was_enough  it ended before the last shard because every consumer has what it needs.
+    n_local  workers on this machine.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // n_local)
+    return share if device == "cpu" else max(1, min(_MOST_ENCODE_THREADS, share - 2))
 
-    store: Path
-    n_shards: int = 0
-    n_built: int = 0
-    n_adopted: int = 0
-    n_tokens: int = 0
-    elapsed_s: float = 0.0
-    raw_bytes: int = 0
-    disk_bytes: int = 0
-    stage_s: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("forward", "scatter", "wait", "commit", "blocked"), 0.0)
-    )
-    was_enough: bool = False
 
-    @property
-    def was_complete(self) -> bool:
-        """Whether there was nothing to do."""
-        return self.n_built + self.n_adopted == 0
+def takes_turns(device: str) -> bool:
+    """Whether the model waits while its rows are encoded: where both want the same cores."""
+    return device == "cpu"
 
 
 def build(
@@ -91,12 +55,17 @@ def build(
     corpus: Corpus,
     *,
     corpus_name: str,
-    encode_threads: int = 1,
-    reporter: Reporter | None = None,
+    encode_threads: int | None = None,
+    allow_non_finite: bool = False,
+    rank: Rank | None = None,
+    takeover_s: float | None = None,
     admission: MakeAdmission | None = None,
+    reporter: Reporter | None = None,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
     """Build a store, or continue one; a finished one is left as it is.
+
+    Several processes may do so at once, with the same arguments: they share the shards out among themselves.
 
     Args:
         settings: what to build, and where.
@@ -104,68 +73,105 @@ def build(
         tokenizer: the fast tokenizer that belongs to it.
         corpus: the text.
         corpus_name: what the corpus is called in the plan.
-        encode_threads: threads that compress.
-        reporter: told about progress.
+        encode_threads: threads that compress; None: see `default_encode_threads`.
+        allow_non_finite: store rows with NaN or infinity instead of stopping.
+        rank: which of several workers this is: the first plans, the others wait for it, and each begins with its share.
+        takeover_s: how long a shard that another worker has claimed is left to it; see `Work`.
         admission: makes what decides when a shard may be started; None: at once.
+        reporter: told about progress.
         on_operation: called before every step that changes the disk.
 
     Raises:
         PlanMismatchError: there is a store of other arguments. CorpusError: the text cannot be read or is too short.
         DiskFullError: it does not fit. NonFiniteError: the model gave NaN or infinity.
     """
-    started, reporter = time.perf_counter(), reporter or Reporter()
-    request, captures = (
-        make_request(settings, decoder, tokenizer, corpus, corpus_name),
-        capture_requests(settings, decoder),
+    started, reporter, rank = time.perf_counter(), reporter or Reporter(), rank or Rank()
+    catalog, names = ensure_planned(
+        settings,
+        decoder,
+        tokenizer,
+        corpus,
+        corpus_name=corpus_name,
+        rank=rank,
+        reporter=reporter,
+        on_operation=on_operation,
     )
+    summary = fill_captures(
+        catalog,
+        names,
+        decoder,
+        encode_threads=encode_threads,
+        allow_non_finite=allow_non_finite,
+        rank=rank,
+        takeover_s=takeover_s,
+        admission=admission,
+        reporter=reporter,
+        on_operation=on_operation,
+    )
+    summary.elapsed_s = time.perf_counter() - started
+    return summary
+
+
+def ensure_planned(
+    settings: Settings,
+    decoder: Decoder,
+    tokenizer: Any,
+    corpus: Corpus,
+    *,
+    corpus_name: str,
+    device: str | None = None,
+    rank: Rank | None = None,
+    reporter: Reporter | None = None,
+    on_operation: Callable[[str, str], None] | None = None,
+) -> tuple[Catalog, list[str]]:
+    """The store, planned by this call or before, and the names of the captures asked for. Arguments as those of `build`.
+
+    device  the class of the workers' devices; None: that of the decoder.
+    """
+    reporter = reporter or Reporter()
+    request = make_request(settings, decoder, tokenizer, corpus, corpus_name)
+    if device is not None:
+        request = request.model_copy(update={"device": device})
+    captures = capture_requests(settings, decoder)
     sweep_staged(settings.out)
     if not (settings.out / "zarr.json").exists():
         _check_free(settings.out)
-        try:
-            write_plan(
-                settings,
-                request,
-                captures,
-                tokenizer,
-                corpus,
-                version=__version__,
-                on_tokens=reporter.on_tokens,
-                on_forecast=reporter.on_forecast,
-                on_operation=on_operation,
-            )
-        except FileExistsError as error:
-            if not (settings.out / "zarr.json").exists():
-                raise UsageError(
-                    f"{settings.out} appeared while the plan was written, and is not a store"
-                ) from error
+    if rank is None or rank.rank == 0 or not wait_for_plan(settings.out):
+        _plan(settings, request, captures, tokenizer, corpus, reporter, on_operation)
     catalog = Catalog(LocalObjects(settings.out))
     check_same(catalog, request, captures)
-    summary = BuildSummary(settings.out, n_shards=catalog.grid.n_shards)
-    left = _uncommitted(catalog)
-    decoder.cut(max(max(c.layers) for c in captures))
-    with Disk(settings.out, on_operation) as disk:
-        disk.sweep()
-        if left:
-            reporter.on_start(
-                sum(len(catalog.grid.sequences_of(s)) for s in range(catalog.grid.n_shards) if s not in left)
-                * settings.seq_len,
-                catalog.grid.n_sequences * settings.seq_len,
-            )
-            rate = Rate(lambda: summary.n_tokens)
+    return catalog, [capture.group for capture in captures]
 
-            def facts() -> dict[str, Any]:
-                done = min(map(len, (found.committed() for found in catalog.captures.values())))
-                return {"tokens_per_s": rate(), "stage_s": dict(summary.stage_s), "n_committed": done}
 
-            with (
-                ThreadPoolExecutor(max(1, encode_threads), thread_name_prefix="actcache-encode") as pool,
-                Presence(disk, catalog.grid.n_shards, facts) as presence,
-            ):
-                chosen = None if admission is None else admission(catalog, disk, presence)
-                filler = _Filler(catalog, disk, decoder, pool, summary, reporter, settings.batch_size)
-                filler.fill(left, presence, chosen)
-    summary.elapsed_s = time.perf_counter() - started
-    return summary
+def _plan(
+    settings: Settings,
+    request: Request,
+    captures: list[CaptureRequest],
+    tokenizer: Any,
+    corpus: Corpus,
+    reporter: Reporter,
+    on_operation: Callable[[str, str], None] | None,
+) -> None:
+    """Plan the store unless it is planned; of several that do so at once one is first, and the others take its plan."""
+    if (settings.out / "zarr.json").exists():
+        return
+    try:
+        write_plan(
+            settings,
+            request,
+            captures,
+            tokenizer,
+            corpus,
+            version=__version__,
+            on_tokens=reporter.on_tokens,
+            on_forecast=reporter.on_forecast,
+            on_operation=on_operation,
+        )
+    except FileExistsError as error:
+        if not (settings.out / "zarr.json").exists():
+            raise UsageError(
+                f"{settings.out} appeared while the plan was written, and is not a store"
+            ) from error
 
 
 def _check_free(out: Path) -> None:
@@ -175,160 +181,144 @@ def _check_free(out: Path) -> None:
         )
 
 
-def _uncommitted(catalog: Catalog) -> dict[int, list[CaptureCatalog]]:
-    """Shards that some capture still lacks, in plan order, with those captures."""
-    left: dict[int, list[CaptureCatalog]] = {}
-    for capture in catalog.captures.values():
-        for shard in sorted(set(range(catalog.grid.n_shards)) - set(capture.committed())):
-            left.setdefault(shard, []).append(capture)
-    return dict(sorted(left.items()))
+def fill_captures(
+    catalog: Catalog,
+    names: Sequence[str],
+    decoder: Decoder,
+    *,
+    encode_threads: int | None = None,
+    allow_non_finite: bool = False,
+    rank: Rank | None = None,
+    takeover_s: float | None = None,
+    admission: MakeAdmission | None = None,
+    reporter: Reporter,
+    on_operation: Callable[[str, str], None] | None = None,
+) -> BuildSummary:
+    """Commit every shard that some of these captures lack. The decoder is cut after their last layer."""
+    grid, root = catalog.grid, Path(catalog.objects.url)
+    summary = BuildSummary(root, n_shards=grid.n_shards)
+    wanted = [catalog.captures[name] for name in names]
+    decoder.cut(max(max(found.capture.layers) for found in wanted))
+    with Disk(root, on_operation) as disk:
+        disk.sweep()
+        work = Work(
+            catalog,
+            wanted,
+            Claims(disk),
+            rank or Rank(),
+            takeover_s=takeover_s,
+            on_committed=lambda shard: reporter.on_forward(len(grid.sequences_of(shard)) * grid.seq_len),
+        )
+        if work.left:
+            n_left = sum(len(grid.sequences_of(shard)) for shard in work.left) * grid.seq_len
+            n_tokens = grid.n_sequences * grid.seq_len
+            reporter.on_start(n_tokens - n_left, n_tokens)
+            threads = encode_threads or default_encode_threads(decoder.device.type)
+            clock, rate, at = Clock(), Rate(lambda: summary.n_tokens), rank or Rank()
+
+            def facts() -> dict[str, Any]:
+                n_committed = min(len(found.committed()) for found in wanted)
+                stages = {name: round(seconds, 2) for name, seconds in (clock.spent_s | disk.spent_s).items()}
+                return {"tokens_per_s": rate(), "stage_s": stages, "n_committed": n_committed}
+
+            with Presence(disk, grid.n_shards, facts, rank=at.rank, world_size=at.world_size) as presence:
+                if admission is not None:
+                    work.admission = admission(catalog, disk, presence)
+                work.on_start = presence.starts
+                _fill(
+                    catalog,
+                    wanted,
+                    work,
+                    disk,
+                    decoder,
+                    threads,
+                    summary,
+                    reporter,
+                    clock,
+                    allow_non_finite=allow_non_finite,
+                )
+            summary.blocked_s = work.blocked_s
+            summary.was_enough = work.admission is not None and work.admission.is_enough
+    return summary
 
 
-class _Filler:
-    """Fills the shards that are left. The main thread runs the model; one other thread commits."""
+def _fill(
+    catalog: Catalog,
+    captures: Sequence[CaptureCatalog],
+    work: Work,
+    disk: Disk,
+    decoder: Decoder,
+    encode_threads: int,
+    summary: BuildSummary,
+    reporter: Reporter,
+    clock: Clock,
+    *,
+    allow_non_finite: bool,
+) -> None:
+    started = time.perf_counter()
+    transfer = make_transfer(decoder, catalog, captures, clock)
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        disk: Disk,
-        decoder: Decoder,
-        pool: ThreadPoolExecutor,
-        summary: BuildSummary,
-        reporter: Reporter,
-        batch_size: int,
-    ) -> None:
-        self._catalog, self._decoder, self._summary = catalog, decoder, summary
-        self._reporter, self._batch_size = reporter, batch_size
-        self._committers = {
-            name: ShardCommitter(
-                disk, catalog.objects, found.capture, found.arrays, pool, __version__, self._where
-            )
-            for name, found in catalog.captures.items()
-        }
-        self._buffers: list[dict[str, Tensor]] = [{}, {}]
+    def on_tokens(n_tokens: int) -> None:
+        summary.n_tokens += n_tokens
+        reporter.on_forward(n_tokens)
 
-    def fill(
-        self, left: dict[int, list[CaptureCatalog]], presence: Presence, admission: Admission | None
-    ) -> None:
-        """Commit every shard of `left` that is admitted, overlapping the model with encoding and the disk."""
-        with ThreadPoolExecutor(1, thread_name_prefix="actcache-commit") as committing:
-            pending: Future[None] | None = None
-            for turn, (shard, captures) in enumerate(left.items()):
-                presence.starts(shard)
-                if admission is not None and not self._admitted(shard, admission, pending):
-                    break
-                missing = [c for c in captures if not self._adopt(shard, c)]
-                if missing:
-                    self._forward(shard, missing, self._buffers[turn % 2])
-                self._wait(pending)
-                pending = committing.submit(self._commit, shard, missing, self._buffers[turn % 2])
-            self._wait(pending)
+    def count(capture: CaptureCatalog, record: ShardRecord) -> None:
+        stored, c = int(catalog.shards.stored[record.shard]), capture.capture
+        summary.raw_bytes += stored * len(c.layers) * c.width * disk_dtype(c.dtype).itemsize
+        summary.disk_bytes += record.rows_bytes
 
-    def _admitted(self, shard: int, admission: Admission, pending: "Future[None] | None") -> bool:
-        """Wait until there is room for a shard; before that, for what is being committed: its real size frees some."""
-        if not admission.fits(shard):
-            self._wait(pending)
-        with self._timed("blocked"):
-            is_admitted = admission.admit(shard)
-        self._summary.was_enough = not is_admitted
-        return is_admitted
+    def on_commit(capture: CaptureCatalog, record: ShardRecord) -> None:
+        summary.n_built += 1
+        count(capture, record)
 
-    def _wait(self, pending: "Future[None] | None") -> None:
-        if pending is not None:
-            with self._timed("wait"):
-                pending.result()
+    def on_adopt(capture: CaptureCatalog, record: ShardRecord) -> None:
+        summary.n_adopted += 1
+        count(capture, record)
 
-    def _timed(self, stage: str) -> "_Timer":
-        return _Timer(self._summary.stage_s, stage)
+    def on_shard(shard: int) -> None:
+        work.done(shard)
+        reporter.on_shard(shard)
 
-    def _adopt(self, shard: int, capture: CaptureCatalog) -> bool:
-        """Commit rows that an interrupted build left on disk whole; whether there were any."""
-        record = self._committers[capture.capture.name].adopt(shard, self._catalog.shards.records[shard])
-        if record is not None:
-            self._summary.n_adopted += 1
-            self._count(capture, record)
-        return record is not None
-
-    def _mixed(self, shard: int) -> Mixed:
-        keep, document = (self._catalog.plan_object(name, shard) for name in ("keep", "document"))
-        return mix(self._catalog.grid, self._catalog.plan.request.seed, shard, keep, document)
-
-    def _where(self, shard: int, row: int) -> str:
-        mixed = self._mixed(shard)
+    def where(shard: int, row: int) -> str:
+        mixed = mixed_rows(catalog, shard)
         return f"sequence {mixed.row_sequence[row]}, position {mixed.row_position[row]}"
 
-    def _forward(self, shard: int, captures: list[CaptureCatalog], buffers: dict[str, Tensor]) -> None:
-        """Run the model over a shard's sequences; every vector goes straight to its row of the shard buffer."""
-        mixed, tokens = self._mixed(shard), self._catalog.plan_object("tokens", shard)
-        if mixed.stored != self._catalog.shards.stored[shard]:
-            raise DamageError(
-                f"the plan says that shard {shard} stores {self._catalog.shards.stored[shard]} rows; its tokens say {mixed.stored}"
+    with TimedPool(encode_threads, clock, "encode") as pool:
+        committers = {
+            c.capture.name: ShardCommitter(
+                disk,
+                catalog.objects,
+                c.capture,
+                c.arrays,
+                pool,
+                __version__,
+                where,
+                n_ahead=2 * encode_threads + 2,
+                allow_non_finite=allow_non_finite,
             )
-        hooks = {c.capture.hook: c.capture.layers for c in captures}
-        places = {
-            (c.capture.hook, layer): (c.capture.name, i)
             for c in captures
-            for i, layer in enumerate(c.capture.layers)
         }
-        for c in captures:
-            shape = (len(c.capture.layers), mixed.stored, c.capture.width)
-            if c.capture.name not in buffers or buffers[c.capture.name].shape != shape:
-                buffers[c.capture.name] = torch.empty(shape, dtype=_TORCH_DTYPES[c.capture.dtype])
-        has_text = np.any(mixed.row_of_token >= 0, axis=1)
-        for start in range(0, len(tokens), self._batch_size):
-            chosen = np.arange(start, min(start + self._batch_size, len(tokens)))
-            chosen = chosen[np.asarray(has_text)[chosen]]
-            if not len(chosen):
-                continue
-            rows = torch.from_numpy(mixed.row_of_token[chosen].reshape(-1))
-            stored = torch.nonzero(rows >= 0).reshape(-1)
-
-            def keep(
-                hook: str, layer: int, acts_qtd: Tensor, rows: Tensor = rows[stored], stored: Tensor = stored
-            ) -> None:
-                with self._timed("scatter"):
-                    name, i = places[hook, layer]
-                    flat = acts_qtd.reshape(-1, acts_qtd.shape[-1])
-                    if len(stored) < len(flat):
-                        flat = flat[stored.to(flat.device)]
-                    target = buffers[name]
-                    target[i].index_copy_(0, rows, flat.to(target.dtype).to(target.device))
-
-            with self._timed("forward"):
-                input_ids = torch.from_numpy(tokens[chosen].astype(np.int64)).to(self._decoder.device)
-                self._decoder.capture_each(input_ids, hooks, keep)
-            self._summary.n_tokens += input_ids.numel()
-            self._reporter.on_forward(input_ids.numel())
-
-    def _commit(self, shard: int, captures: list[CaptureCatalog], buffers: dict[str, Tensor]) -> None:
-        with self._timed("commit"):
-            for capture in captures:
-                buffer = buffers[capture.capture.name]
-                rows: NDArray[Any] = (
-                    buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer
-                ).numpy()
-                record = self._committers[capture.capture.name].commit(
-                    shard, self._catalog.shards.records[shard], rows
-                )
-                self._summary.n_built += 1
-                self._count(capture, record)
-        self._reporter.on_shard(shard)
-
-    def _count(self, capture: CaptureCatalog, record: ShardRecord) -> None:
-        stored, c = int(self._catalog.shards.stored[record.shard]), capture.capture
-        itemsize = 4 if c.dtype == "float32" else 2
-        self._summary.raw_bytes += stored * len(c.layers) * c.width * itemsize
-        self._summary.disk_bytes += record.rows_bytes
-
-
-class _Timer:
-    """Adds the seconds spent inside a `with` block to one stage."""
-
-    def __init__(self, stages: dict[str, float], stage: str) -> None:
-        self._stages, self._stage = stages, stage
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stages[self._stage] += time.perf_counter() - self._started
+        forward = Forward(catalog, decoder, transfer, clock, on_tokens)
+        try:
+            with Pipeline(
+                catalog,
+                forward,
+                committers,
+                clock,
+                takes_turns=takes_turns(decoder.device.type),
+                on_commit=on_commit,
+                on_adopt=on_adopt,
+                on_shard=on_shard,
+            ) as pipeline:
+                work.check = pipeline.check
+                for shard, missing in work:
+                    pipeline.add(shard, missing)
+                forward.finish()
+                pipeline.finish()
+        finally:
+            transfer.close()
+    summary.filling_s = time.perf_counter() - started
+    summary.stage_s = clock.spent_s | disk.spent_s
+    summary.stage_threads |= {"encode": encode_threads}
+    if decoder.device.type != "cpu":
+        summary.stage_threads |= {"copy": N_SCATTER_THREADS, "scatter": N_SCATTER_THREADS}

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from actcache.errors import DiskFullError
 from actcache.store.disk import Disk
@@ -20,23 +20,29 @@ from actcache.store.live import (
     whereabouts,
 )
 
+if TYPE_CHECKING:
+    from actcache.store.open import Catalog
+
 logger = logging.getLogger(__name__)
 
 BEAT_S = 2.0
 _RATE_S = 30.0
 
 Facts = Callable[[], dict[str, Any]]
+MakeAdmission = Callable[["Catalog", Disk, "Presence"], "Admission"]
+"""Makes what decides, once the store's plan is there and its producer is."""
 
 
 class Admission(Protocol):
-    """Decides which shards may be started: what a disk budget does."""
+    """Decides which shards may be started: what a disk budget does.
 
-    def fits(self, shard: int) -> bool:
-        """Whether `shard` may be started now, without making room."""
-        ...
+    is_enough  nobody needs what has not been made yet.
+    """
 
-    def admit(self, shard: int) -> bool:
-        """Wait until `shard` may be started; False where no consumer needs it any more."""
+    is_enough: bool
+
+    def admits(self, shard: int) -> bool:
+        """Whether `shard` may be started now; makes room for it where that is possible, and says why where not."""
         ...
 
 

@@ -37,7 +37,6 @@ from actcache.version import __version__
 
 IN_FLIGHT = 2
 """Shards that one producer may be working on: one the model runs on, one that is being written."""
-_POLL_S = 0.2
 _STUCK_S = 10.0
 
 
@@ -104,6 +103,7 @@ class Retention:
 
     on_blocked  told why the producer waits, and None when it goes on.
     used_bytes  what the store takes, what is set aside for its records included.
+    is_enough   no consumer needs what has not been made yet.
     """
 
     def __init__(
@@ -114,10 +114,11 @@ class Retention:
         *,
         on_blocked: Callable[[Blocked | None], None] = lambda _why: None,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.catalog, self.disk, self.budget = catalog, disk, budget
-        self._on_blocked, self._clock, self._sleep = on_blocked, clock, sleep
+        self._on_blocked, self._clock = on_blocked, clock
+        self.is_enough, self._is_blocked = False, False
+        self._stuck_since: float | None = None
         self._footprint = Footprint(catalog, disk.root, len(budget.consumers))
         self._live, self._watch = LocalLive(disk.root), Watch(clock)
         self._cost = self._footprint.most.copy()
@@ -209,39 +210,38 @@ class Retention:
 
     # Admission.
 
-    def fits(self, shard: int) -> bool:
-        """Whether `shard` may be started now, without making room."""
-        self._look()
-        return self._excess(shard) <= 0
-
-    def admit(self, shard: int) -> bool:
-        """Wait until `shard` may be started, making room meanwhile. False: no consumer needs it any more.
+    def admits(self, shard: int) -> bool:
+        """Whether `shard` may be started now. Makes room where that is possible; otherwise says why not.
 
         Raises:
             ExpiredError: no consumer is left.
             UsageError: it would wait for ever: the budget is too small for what the consumers keep.
         """
-        was_blocked, stuck_since = False, None
-        while True:
-            self.disk.sweep()  # what dead producers left behind takes room
-            self._look()
-            if self._excess(shard) <= 0:
-                break
+        self.disk.sweep()  # what dead producers left behind takes room
+        self._look()
+        if self._excess(shard) > 0:
             consumers = self._consumers()
             needed = self._needed(consumers)
-            if self._make_room(shard, needed, consumers):
-                continue
-            if consumers and needed >= self.catalog.grid.n_shards:
+            self._make_room(shard, needed, consumers)
+            if self._excess(shard) > 0:
+                self._wait(shard, needed, consumers)
                 return False
-            why = self._why(shard, consumers, needed)
-            self._on_blocked(why)
-            was_blocked = True
-            self._expire(consumers, why)
-            stuck_since = self._check_stuck(shard, consumers, stuck_since)
-            self._sleep(_POLL_S)
-        if was_blocked:
+        self._stuck_since = None
+        if self._is_blocked:
+            self._is_blocked = False
             self._on_blocked(None)
         return True
+
+    def _wait(self, shard: int, needed: int, consumers: dict[str, ConsumerState | None]) -> None:
+        """Say what is waited for, unless it is nothing any more; give up who is lost."""
+        if consumers and needed >= self.catalog.grid.n_shards:
+            self.is_enough = True
+            return
+        why = self._why(shard, consumers, needed)
+        self._is_blocked = True
+        self._on_blocked(why)
+        self._expire(consumers, why)
+        self._stuck_since = self._check_stuck(shard, consumers, self._stuck_since)
 
     def _excess(self, shard: int) -> int:
         """Bytes that are lacking for everything up to `shard` and what is committed beyond it."""
@@ -256,21 +256,18 @@ class Retention:
             default=held,
         )
 
-    def _make_room(self, shard: int, needed: int, consumers: dict[str, ConsumerState | None]) -> bool:
-        """Retire the lowest shards that nobody needs until `shard` fits; whether any was."""
-        n_shards, made = self.catalog.grid.n_shards, False
+    def _make_room(self, shard: int, needed: int, consumers: dict[str, ConsumerState | None]) -> None:
+        """Retire the lowest shards that nobody needs until `shard` fits."""
+        n_shards = self.catalog.grid.n_shards
+        at = {name: _needs(state, n_shards) for name, state in consumers.items() if state is not None}
         for candidate in range(self._n_for_good, min(needed, shard)):
-            if candidate in self._retired or not self._settled[candidate]:
-                continue
             if self._excess(shard) <= 0:
-                break
-            at = {name: _needs(state, n_shards) for name, state in consumers.items() if state is not None}
-            spec = self.catalog.arrays["retired"]
-            retire(self.disk, spec, self.catalog.plan, candidate, at, __version__)
-            self._retired.add(candidate)
-            self._remove(candidate)
-            made = True
-        return made
+                return
+            if self._settled[candidate] and candidate not in self._retired:
+                spec = self.catalog.arrays["retired"]
+                retire(self.disk, spec, self.catalog.plan, candidate, at, __version__)
+                self._retired.add(candidate)
+                self._remove(candidate)
 
     def _remove(self, shard: int) -> None:
         remove_retired(self.disk, (found.arrays for found in self.catalog.captures.values()), shard)

@@ -8,7 +8,7 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from actcache.store.arrays import (
     encode_strings,
     plan_arrays,
 )
-from actcache.store.disk import Disk, publish, remove_abandoned
+from actcache.store.disk import Disk, is_held, publish, publish_folder, remove_abandoned, workspaces
 from actcache.store.metadata import array_json, group_json
 from actcache.store.mixing import mix
 from actcache.store.open import capture_attributes, plan_attributes, shards_digest
@@ -43,14 +43,31 @@ from actcache.store.schema import (
 OnOperation = Callable[[str, str], None]
 
 
-class CaptureRequest(Record):
-    """A capture as asked for, before it is bound to a plan."""
+def capture_name(hook: str) -> str:
+    """The group's name of a hook: its own, or of a module hook the path within the block and the side.
 
+    `layers.*.mlp.up_proj:out` is `mlp.up_proj.out`: a name that every file system and every shell takes.
+    """
+    pattern, colon, side = hook.rpartition(":")
+    if not colon:
+        return hook
+    return f"{pattern.partition('.*')[2].removeprefix('.') or 'block'}.{side}"
+
+
+class CaptureRequest(Record):
+    """A capture as asked for, before it is bound to a plan. `name` is that of the hook where left out."""
+
+    name: str | None = None
     hook: Any
     layers: tuple[int, ...]
     width: int
     dtype: Any
     codec: Any
+
+    @property
+    def group(self) -> str:
+        """The name of the group it is stored in."""
+        return self.name or capture_name(self.hook)
 
 
 class Sequences(NamedTuple):
@@ -61,10 +78,19 @@ class Sequences(NamedTuple):
     keep: NDArray[np.bool_]
 
 
+def _staged(final: Path) -> Iterator[Path]:
+    yield from final.parent.glob(f"{glob.escape(final.name)}.planning-{'[0-9a-f]' * 16}")
+
+
 def sweep_staged(final: Path) -> None:
     """Remove the folders in which dead processes were planning the store `final`."""
-    for left in final.parent.glob(f"{glob.escape(final.name)}.planning-{'[0-9a-f]' * 16}"):
+    for left in _staged(final):
         remove_abandoned(left)
+
+
+def is_being_planned(final: Path) -> bool:
+    """Whether a living process is planning the store `final`."""
+    return any(is_held(workspace) for folder in _staged(final) for workspace in workspaces(folder))
 
 
 @contextmanager
@@ -174,7 +200,7 @@ def _check_kept(planned: list[PlannedShard], grid: Grid, request: Request) -> No
 def create_capture(disk: Disk, plan: Plan, asked: CaptureRequest) -> Capture:
     """Write one capture's group and arrays; its record, which makes it exist, last."""
     draft = Capture(
-        name=asked.hook,
+        name=asked.group,
         hook=asked.hook,
         layers=asked.layers,
         width=asked.width,
@@ -193,9 +219,23 @@ def create_capture(disk: Disk, plan: Plan, asked: CaptureRequest) -> Capture:
     return capture
 
 
+def add_capture(disk: Disk, plan: Plan, asked: CaptureRequest) -> None:
+    """Add a capture to a store that is there: written aside, and given its name in one step.
+
+    Where the name is taken nothing is changed; whoever asks looks at what is there.
+    """
+    aside = disk.workspace / f"{asked.group}.capture"
+    with Disk(aside, disk.announce) as staged:
+        create_capture(staged, plan, asked)
+        key = f"acts/{asked.group}"
+        with suppress(FileExistsError):
+            publish_folder(disk, aside / key, key)
+
+
 def as_requested(capture: Capture) -> CaptureRequest:
     """What a capture was asked as, for comparing with what is asked now."""
     return CaptureRequest(
+        name=capture.name,
         hook=capture.hook,
         layers=capture.layers,
         width=capture.width,

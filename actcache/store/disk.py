@@ -11,8 +11,10 @@ import fcntl
 import os
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -65,23 +67,25 @@ class Writer:
         """Append bytes; DiskFullError when there is no room."""
         self._disk.announce("write", self._key)
         left = [memoryview(part).cast("B") for part in parts if len(part)]
-        while left:
-            try:
-                n_written = os.writev(self._fd, left)
-            except OSError as error:
-                raise _explained(error, self._disk.root / self._key) from error
-            self.n_bytes += n_written
-            while left and n_written >= len(left[0]):
-                n_written -= len(left.pop(0))
-            if n_written:
-                left[0] = left[0][n_written:]
+        with self._disk.timed("write"):
+            while left:
+                try:
+                    n_written = os.writev(self._fd, left)
+                except OSError as error:
+                    raise _explained(error, self._disk.root / self._key) from error
+                self.n_bytes += n_written
+                while left and n_written >= len(left[0]):
+                    n_written -= len(left.pop(0))
+                if n_written:
+                    left[0] = left[0][n_written:]
 
     def commit(self) -> bool:
         """Sync and link to the final name; False when that name is taken (nothing is replaced)."""
         final = self._disk.root / self._key
         try:
             self._disk.announce("fsync", self._key)
-            os.fsync(self._fd)
+            with self._disk.timed("sync"):
+                os.fsync(self._fd)
             self._disk.announce("link", self._key)
             os.link(self._temporary, final)
             is_new = True
@@ -125,6 +129,7 @@ class Disk:
     """The only thing that changes a store. Hold it in a `with` block: its workspace is locked meanwhile.
 
     on_operation(name, key) is called before every step that changes the disk.
+    spent_s                 seconds in writing and in syncing so far.
     """
 
     def __init__(self, root: Path, on_operation: Callable[[str, str], None] | None = None) -> None:
@@ -133,6 +138,18 @@ class Disk:
         self.nonce = secrets.token_hex(8)
         self.workspace = root / WORK_DIR / self.nonce
         self._lock_fd: int | None = None
+        self.spent_s = {"write": 0.0, "sync": 0.0}
+        self._timing = threading.Lock()
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to `spent_s`; of several threads at once, each counts."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._timing:
+                self.spent_s[what] += time.perf_counter() - started
 
     def announce(self, operation: str, key: str) -> None:
         """Called before each step that changes the disk."""
@@ -206,7 +223,8 @@ class Disk:
     def settle(self, key: str) -> None:
         """Make the name of an object durable."""
         self.announce("fsync directory", key)
-        _sync_dir((self.root / key).parent)
+        with self.timed("sync"):
+            _sync_dir((self.root / key).parent)
 
     def remove(self, key: str, *, missing_ok: bool = False) -> None:
         """Remove an object that no commit covers, or that is retired."""
@@ -248,6 +266,26 @@ def remove_abandoned(root: Path) -> None:
             os.close(fd)
 
 
+def workspaces(root: Path) -> list[Path]:
+    """The workspaces of a store or of a folder that is being staged, of living and of dead producers."""
+    return [root / WORK_DIR / name for name in _names(root / WORK_DIR)]
+
+
+def is_held(workspace: Path) -> bool:
+    """Whether the process that made a workspace lives."""
+    try:
+        fd = os.open(workspace / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def _names(folder: Path) -> list[str]:
     """What is in a folder; nothing where another process has just removed it (a glob would raise)."""
     try:
@@ -271,6 +309,19 @@ def publish(staged: Disk, final: Path) -> None:
     staged.root, staged.workspace = final, final / WORK_DIR / staged.nonce
     staged.announce("fsync directory", final.name)
     _sync_dir(final.parent)
+
+
+def publish_folder(disk: Disk, staged: Path, key: str) -> None:
+    """Give a folder in the workspace the name `key` in one step; FileExistsError when the name is taken."""
+    final = disk.root / key
+    disk.announce("rename", key)
+    try:
+        staged.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(final) from error
+        raise _explained(error, final) from error
+    disk.settle(key)
 
 
 def free_bytes(path: Path) -> int:

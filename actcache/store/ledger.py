@@ -8,7 +8,7 @@ side objects are functions of the rows as stored.
 from collections.abc import Callable
 from concurrent.futures import Executor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +24,13 @@ from actcache.store.arrays import (
     side_key,
 )
 from actcache.store.codec import CRC_BYTES
-from actcache.store.disk import Disk
-from actcache.store.encode import ChunkEncoder, EncodedShard, Gathered, gather
+from actcache.store.disk import Disk, Writer
+from actcache.store.encode import EncodedShard, RunEncoder
 from actcache.store.exact import Checksummed, exact_checksum, exact_parts, same_exact
+from actcache.store.gathered import Gathered, gather
 from actcache.store.objects import Objects
 from actcache.store.schema import FORMAT, Capture, PlannedShard, Producer, ShardRecord, canonical
 from actcache.store.shard import Chunks, ShardReader, chunks_on_disk
-
-N_AHEAD = 8
 
 
 def ledger_key(spec: ArraySpec, shard: int, generation: int = 0) -> str:
@@ -55,10 +54,24 @@ def parse_record(data: bytes, key: str, capture: Capture, shard: int) -> ShardRe
     return record
 
 
+class Written(NamedTuple):
+    """A shard whose rows are written under a temporary name: `finish` commits it, or its writer is closed."""
+
+    shard: int
+    planned: PlannedShard
+    writer: Writer
+    chunks: Chunks
+    gathered: Gathered
+
+
 class ShardCommitter:
     """Commits shards of one capture. `commit` may be called for a shard whose rows are already on disk.
 
-    where  says, for an error, which place of the corpus a row (shard, row within it) comes from.
+    `write` needs the rows and threads that encode, `finish` waits for the disk: the two halves of `commit`.
+
+    where             says, for an error, which place of the corpus a row (shard, row within it) comes from.
+    n_ahead           runs of chunks, of a megabyte or so, encoded ahead of the writer.
+    allow_non_finite  commits rows with NaN or infinity: counted, and left out of the statistics.
     """
 
     def __init__(
@@ -70,19 +83,41 @@ class ShardCommitter:
         pool: Executor,
         version: str,
         where: Callable[[int, int], str],
+        *,
+        n_ahead: int = 8,
+        allow_non_finite: bool = False,
     ) -> None:
         self._disk, self._objects, self._capture, self._arrays = disk, objects, capture, arrays
         self._pool, self._version, self._where = pool, version, where
+        self._n_ahead, self._allow_non_finite = n_ahead, allow_non_finite
         self._rows = arrays["rows"]
-        self._encoder = ChunkEncoder(capture, self._rows)
+        self._encoder = RunEncoder(capture, self._rows)
 
     def commit(self, shard: int, planned: PlannedShard, rows: NDArray[Any]) -> ShardRecord:
         """Commit one shard of stored rows [l, stored, d]; returns the record that holds, ours or another's."""
+        return self.finish(self.write(shard, planned, rows))
+
+    def write(self, shard: int, planned: PlannedShard, rows: NDArray[Any]) -> Written:
+        """Encode and write stored rows [l, stored, d], which are not needed afterwards; nothing is visible yet."""
         gathered = self._gathered(shard, planned)
-        encoded = EncodedShard(rows, self._encoder, gathered, self._pool, N_AHEAD)
-        if self._disk.create(self._key(shard), encoded):
-            return self._record(shard, encoded.chunks, gathered)
-        return self.adopt(shard, planned) or self.commit(shard, planned, rows)
+        encoded = EncodedShard(rows, self._encoder, gathered, self._pool, self._n_ahead)
+        writer = Writer(self._disk, self._key(shard))
+        try:
+            for parts in encoded:
+                writer.write(*parts)
+        except BaseException:
+            writer.close()
+            raise
+        return Written(shard, planned, writer, encoded.chunks, gathered)
+
+    def finish(self, written: Written) -> ShardRecord:
+        """Commit what was written; returns the record that holds, ours or another's."""
+        with written.writer:
+            while not written.writer.commit():
+                record = self.adopt(written.shard, written.planned)
+                if record is not None:
+                    return record
+        return self._record(written.shard, written.chunks, written.gathered)
 
     def adopt(self, shard: int, planned: PlannedShard) -> ShardRecord | None:
         """Commit a shard whose rows are on disk already, without a record; None when they are not, or not whole.
@@ -133,10 +168,13 @@ class ShardCommitter:
 
     def _gathered(self, shard: int, planned: PlannedShard) -> Gathered:
         def refuse(layer_i: int, row: int, is_nan: bool) -> None:  # noqa: FBT001 - a callback
+            if self._allow_non_finite:
+                return
             raise NonFiniteError(
                 f"{'NaN' if is_nan else 'infinity'} in {self._capture.name}, layer "
                 f"{self._capture.layers[layer_i]}, {self._where(shard, row)}: the shard was not committed. "
-                f"Try another --model-dtype (float16 overflows where bfloat16 does not) or another --dtype."
+                f"Try another --model-dtype (float16 overflows where bfloat16 does not) or another --dtype; "
+                f"--allow-non-finite stores such rows and leaves them out of the statistics."
             )
 
         return Gathered(self._capture, self._rows, planned, refuse)

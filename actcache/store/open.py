@@ -118,6 +118,14 @@ class CaptureCatalog:
     def _missing(self, shard: int, key: str) -> ActcacheError:
         return missing(self.objects, self._retired, self.plan, shard, key)
 
+    def is_committed(self, shard: int) -> bool:
+        """Whether a shard is committed. Looks at the store every time it is called."""
+        try:
+            self.objects.size(ledger_key(self.arrays["ledger"], shard))
+        except FileNotFoundError:
+            return False
+        return True
+
     def _ledger_names(self) -> list[tuple[int, int]]:
         found = []
         for name in self.objects.names(self.arrays["ledger"].path):

@@ -24,10 +24,9 @@ N_STEPS = 254
 OUTLIER_NORM_RATIO = 5.0
 
 _LARGEST = np.float32(2.0**125)  # what is larger is stored exactly: ranges stay finite in float32
-_LEAST_SCALE = np.float32(
-    2.0**-118
-)  # products stay clear of subnormal numbers, which devices may take for zero
+_LEAST_SCALE = np.float32(2.0**-118)  # products stay clear of subnormal numbers: devices may take those for 0
 _LOW_BITS = np.uint32(0xFF)
+_HALF_A_STEP_BEYOND = np.array([[-0.5], [N_STEPS + 0.5]], np.float32)
 
 F32 = NDArray[np.float32]
 
@@ -76,57 +75,84 @@ def parse(codes: NDArray[np.uint8], block: bytes | memoryview, dtype: np.dtype[A
     return Quantised(codes, scale, offset, exact_rows, exact)
 
 
-def quantise(rows: NDArray[Any], logical: str, kept: int) -> tuple[Quantised, NDArray[Any], F32]:
-    """Rows [r, d] on disk dtype in codes, of which the first `kept` are kept.
+class QuantisedRun(NamedTuple):
+    """Several chunks of equal length in codes.
 
-    Returns:
-        The chunk in codes; what it is read back as, in the dtype on disk; and the rows as float32 (scratch memory).
+    chunks  each of them.
+    said    [k * r, d] what they are read back as, in the dtype on disk.
+    x       [k * r, d] what they were, as float32 (scratch memory).
+    """
+
+    chunks: list[Quantised]
+    said: NDArray[Any]
+    x: F32
+
+    @property
+    def exact_rows(self) -> NDArray[np.uint32]:
+        """Rows of the run that are stored exactly, ascending."""
+        r = len(self.chunks[0].codes)
+        return np.concatenate([q.exact_rows + np.uint32(i * r) for i, q in enumerate(self.chunks)])
+
+
+def quantise(rows: NDArray[Any], n_chunks: int, logical: str, kept: int) -> QuantisedRun:
+    """Rows [k * r, d] of k chunks, in the dtype on disk, of which the first `kept` are kept, in codes.
+
+    The chunks do not depend on each other. Together they take fewer and longer steps, which threads can take side by side.
     """
     x = as_float32(rows, logical, scratch("rows", rows.shape))
-    fits = _ordinary(x, kept)
-    scale, offset = _range(x if fits.all() else x[fits])
-    codes = _codes(x, scale, offset, kept, fits)
-    found = _in_codes(codes, fits, scale, offset, rows)
-    said = dequantise(found, logical)
-    return found, said, x
+    x_krd = x.reshape(n_chunks, -1, x.shape[1])
+    fits = _ordinary(x_krd, kept)
+    scale, offset = _ranges(x_krd, fits)
+    codes = _codes(x_krd, scale, offset, kept, fits)
+    codes[~fits] = EXACT
+    said = np.empty(codes.shape, disk_dtype(logical))
+    _decode(codes, scale, offset, logical, said)
+    chunks = []
+    for i, (of_chunk, fit) in enumerate(zip(rows.reshape(x_krd.shape), fits, strict=True)):
+        exact_rows = np.flatnonzero(~fit).astype(np.uint32)
+        chunks.append(Quantised(codes[i], scale[i], offset[i], exact_rows, of_chunk[exact_rows]))
+        said[i, exact_rows] = chunks[i].exact
+    return QuantisedRun(chunks, said.reshape(rows.shape), x)
 
 
-def _in_codes(
-    codes: NDArray[np.uint8], fits: NDArray[np.bool_], scale: F32, offset: F32, rows: NDArray[Any]
-) -> Quantised:
-    exact_rows = np.flatnonzero(~fits).astype(np.uint32)
-    codes[exact_rows] = EXACT
-    return Quantised(codes, scale, offset, exact_rows, rows[exact_rows])
-
-
-def _ordinary(x: F32, kept: int) -> NDArray[np.bool_]:
-    """[r] bool: kept rows of finite numbers within the outlier limit."""
-    found = np.zeros(len(x), np.bool_)
-    norm = row_norms(x[:kept])
+def _ordinary(x_krd: F32, kept: int) -> NDArray[np.bool_]:
+    """[k, r] bool: kept rows of finite numbers within the outlier limit of their chunk."""
+    k, r, d = x_krd.shape
+    norm = np.full(k * r, np.nan, np.float32)
+    norm[:kept] = row_norms(x_krd.reshape(-1, d)[:kept])
+    norm = norm.reshape(k, r)
     is_usable = norm < _LARGEST  # false for NaN
-    if is_usable.any():
-        found[:kept] = is_usable & (norm <= OUTLIER_NORM_RATIO * np.median(norm[is_usable]))
-    return found
+    limit = np.zeros((k, 1), np.float32)
+    for i in np.flatnonzero(is_usable.any(1)):
+        limit[i] = OUTLIER_NORM_RATIO * np.median(norm[i, is_usable[i]])
+    return is_usable & (norm <= limit)
 
 
-def _range(x: F32) -> tuple[F32, F32]:
-    """Scale and offset [d] with which codes 0 to 254 span the rows [r, d]; a column of one value has scale 0."""
-    if not len(x):
-        return np.zeros(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
-    least, greatest = x.min(0), x.max(0)
+def _ranges(x_krd: F32, fits: NDArray[np.bool_]) -> tuple[F32, F32]:
+    """Scale and offset [k, d] with which codes 0 to 254 span the rows that fit; a column of one value has scale 0."""
+    least, greatest = np.zeros((2, len(x_krd), x_krd.shape[2]), np.float32)
+    for i, (x, fit) in enumerate(zip(x_krd, fits, strict=True)):
+        if fit.any():
+            ordinary = x if fit.all() else x[fit]
+            ordinary.min(0, out=least[i])
+            ordinary.max(0, out=greatest[i])
     step = ((greatest.astype(np.float64) - least) / N_STEPS).astype(np.float32)
     bits = (step.view(np.uint32) + _LOW_BITS) & ~_LOW_BITS  # up to 16 significant bits
     return np.where(greatest > least, np.maximum(bits.view(np.float32), _LEAST_SCALE), np.float32(0)), least
 
 
-def _codes(x: F32, scale: F32, offset: F32, kept: int, fits: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Nearest codes [r, d]; excluded rows within half a step of the range in every column are added to `fits`."""
+def _codes(x_krd: F32, scale: F32, offset: F32, kept: int, fits: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Nearest codes [k, r, d]; excluded rows within half a step of the range in every column are added to `fits`."""
+    r = x_krd.shape[1]
     has_range = scale > 0
     with np.errstate(over="ignore", invalid="ignore"):
-        t = np.subtract(x, offset, out=scratch("codes", x.shape))
-        t /= np.where(has_range, scale, np.float32(1))
-        least, greatest = np.where(has_range, [[-0.5], [N_STEPS + 0.5]], 0).astype(np.float32)
-        fits[kept:] = ((t[kept:] >= least) & (t[kept:] <= greatest)).all(1)
+        t = np.subtract(x_krd, offset[:, None], out=scratch("codes", x_krd.shape))
+        t /= np.where(has_range, scale, np.float32(1))[:, None]
+        for i, rest in enumerate(fits):
+            first = max(0, kept - i * r)
+            if first < r:
+                least, greatest = np.where(has_range[i], _HALF_A_STEP_BEYOND, np.float32(0))
+                rest[first:] = ((t[i, first:] >= least) & (t[i, first:] <= greatest)).all(1)
     t[~fits] = 0
     return np.rint(t, out=t).astype(np.uint8)
 
@@ -136,24 +162,26 @@ def dequantise(q: Quantised, logical: str, out: NDArray[Any] | None = None) -> N
 
     Rows that are not there are holes: the fill value of the logical dtype.
     """
-    x = scratch("decoded", q.codes.shape)
-    np.copyto(x, q.codes)
-    x *= q.scale
-    x += q.offset
+    rows = np.empty(q.codes.shape, disk_dtype(logical)) if out is None else out
+    _decode(q.codes[None], q.scale[None], q.offset[None], logical, rows[None])
+    rows[q.codes[:, 0] == EXACT] = row_fill(logical)
+    rows[q.exact_rows] = q.exact
+    return rows
+
+
+def _decode(codes: NDArray[np.uint8], scale: F32, offset: F32, logical: str, out: NDArray[Any]) -> None:
+    """`out` [k, r, d] from codes and scales [k, d], whatever code 255 stands for."""
+    x = scratch("decoded", codes.shape)
+    np.copyto(x, codes)
+    x *= scale[:, None]
+    x += offset[:, None]
+    rows: NDArray[Any] = x
     if logical == "bfloat16":
-        bits = x.view(np.uint32)
-        tie = np.right_shift(bits, np.uint32(16), out=scratch("tie", x.shape, np.uint32))
+        rows = x.view(np.uint32)
+        tie = np.right_shift(rows, np.uint32(16), out=scratch("tie", x.shape, np.uint32))
         tie &= np.uint32(1)
         tie += np.uint32(0x7FFF)
-        bits += tie
-        bits >>= np.uint32(16)
-        rows = bits
-    else:
-        rows = x
-    if out is None:
-        out = np.empty(x.shape, disk_dtype(logical))
+        rows += tie
+        rows >>= np.uint32(16)
     with np.errstate(over="ignore"):
         np.copyto(out, rows, casting="unsafe")
-    out[q.codes[:, 0] == EXACT] = row_fill(logical)
-    out[q.exact_rows] = q.exact
-    return out

@@ -16,6 +16,8 @@ LEDGER_GENERATIONS = 16  # one build and up to fifteen repairs of the same shard
 LogicalDtype = Literal["bfloat16", "float16", "float32"]
 CodecName = Literal["zstd", "lz4", "none", "uint8"]
 HookName = Literal["resid_post", "resid_pre", "mlp_in", "mlp_out", "attn_out"]
+ModuleHook = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+\.\*(\.[A-Za-z0-9_]+)*:(in|out)$")]
+SourceKind = Literal["text", "chat", "ids", "activations"]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -56,17 +58,29 @@ class TokenizerRecord(Record):
 
     digest: Hex
     vocab_size: int
-    separator_id: int
     bos_id: int | None
     special_ids: tuple[int, ...]
+    chat_template: Hex | None
+
+
+class SourceRecord(Record):
+    """One corpus: what it is read as, its share, and its file names and sizes, without absolute paths."""
+
+    name: str
+    kind: SourceKind
+    column: str | None
+    weight: float | None
+    separator_id: int | None
+    token_dtype: str | None
+    document_tokens: int | None
+    files: tuple[tuple[str, int], ...]
 
 
 class CorpusRecord(Record):
-    """Which text: file names and sizes, without absolute paths."""
+    """Which text: one source, or several in given shares."""
 
     name: str
-    text_column: str
-    files: tuple[tuple[str, int], ...]
+    sources: tuple[SourceRecord, ...]
 
 
 class Request(Record):
@@ -79,7 +93,10 @@ class Request(Record):
     tokenizer: TokenizerRecord
     corpus: CorpusRecord
     n_tokens: int | None
+    allow_short: bool
     seq_len: int
+    packing: Literal["packed", "document"]
+    isolate_documents: bool
     bos: bool
     holdout_frac: float
     exclude_first: int
@@ -124,14 +141,26 @@ class Grid(Record):
         return range(start, min(start + self.sequences_per_shard, self.n_sequences))
 
 
+class SourceCount(Record):
+    """What one source gave: documents read, and tokens in the store with the BOS before them."""
+
+    n_documents_read: int
+    n_tokens: int
+
+
 class TextRecord(Record):
-    """What was read from the corpus. `digest` is SHA-256 over the length-prefixed UTF-8 texts, in order."""
+    """What was read. `digest` is SHA-256 over the length-prefixed documents, in the order in which they were read.
+
+    With `s` sources, document number `d` is number `d // s` of source `d % s`.
+    """
 
     n_documents_read: int
     n_documents_used: int
     n_documents_skipped: int
     n_documents_empty: int
     n_tokens: int
+    n_tokens_cut: int
+    sources: tuple[SourceCount, ...]
     digest: Hex
 
 
@@ -168,7 +197,7 @@ class Capture(Record):
     """One hook with its layers, stored together: the group `acts/<name>`."""
 
     name: str
-    hook: HookName
+    hook: HookName | ModuleHook
     layers: tuple[int, ...]
     width: int
     dtype: LogicalDtype

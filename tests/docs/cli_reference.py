@@ -8,6 +8,8 @@ import types
 import typing
 from pathlib import Path
 
+import typer
+
 import cli
 from tests.docs.pages import DOCS
 
@@ -56,6 +58,8 @@ def command_page(name: str, function) -> str:
     lines = [f"## {name}", "", inspect.getdoc(function) or "", ""]
     lines += ["| argument | kind | default | what |", "|---|---|---|---|"]
     for parameter in inspect.signature(function).parameters.values():
+        if hints[parameter.name] is typer.Context:
+            continue
         annotation, declared = typing.get_args(hints[parameter.name])[:2]
         kind = kind_of(annotation)
         words = (declared.help or "").replace("|", "\\|")

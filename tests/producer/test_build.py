@@ -23,7 +23,7 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.producer import plan as plan_module
-from actcache.producer.build import Reporter
+from actcache.producer.summary import Reporter
 from actcache.store import codec as codec_module
 from actcache.store import disk as disk_module
 from actcache.store.arrays import NO_DOCUMENT
@@ -100,7 +100,7 @@ def test_every_document_is_on_one_side(make_store, tmp_path):
 
 
 def test_tokens_lead_back_to_the_text(kit, make_store, tmp_path):
-    store, texts = actcache.open(make_store(tmp_path)), list(kit.corpus.documents())
+    store, texts = actcache.open(make_store(tmp_path)), list(kit.corpus.sources[0].documents())
     separator = kit.tokenizer.eos_token_id
     for sequence in range(0, store.plan.grid.n_sequences, 5):
         tokens, document = store.tokens[sequence], store.document[sequence]
@@ -258,14 +258,19 @@ def test_other_arguments_are_refused_by_name(kit, make_store, tmp_path):
         "rows_per_chunk": {"rows_per_chunk": 16},
         "shard_memory_bytes": {"shard_memory_bytes": 1 << 20},
         "bos": {"bos": True},
+        "packing": {"packing": "document"},
+        "isolate_documents": {"isolate_documents": True},
+        "allow_short": {"allow_short": True},
+        "corpus.sources.separator_id": {"separator": "none"},
         "capture resid_post.layers": {"layers": (0,)},
         "capture resid_post.dtype": {"dtype": "float32"},
         "capture resid_post.codec": {"codec": "none"},
-        "capture mlp_in": {"hooks": ("resid_post", "mlp_in")},
     }
     for name, change in changes.items():
         with pytest.raises(PlanMismatchError, match=rf"{name}\b.* is .* there and .* here"):
             kit.build(small_settings(root, **change))
+    with pytest.raises(PlanMismatchError, match=r"capture mlp_in is not there \(--add adds one\)"):
+        kit.build(small_settings(root, hooks=("resid_post", "mlp_in")))
     with pytest.raises(PlanMismatchError) as both:
         kit.build(small_settings(root, seed=1, codec="none"))
     assert "seed is 0 there and 1 here" in str(both.value)
@@ -282,7 +287,7 @@ def test_another_model_tokenizer_or_corpus_is_refused(kit, make_store, tmp_path)
     with pytest.raises(PlanMismatchError, match=r"model\.name is 'random-neox' there and 'b' here"):
         kit.build(small_settings(root), make_decoder(name="b"))
     longer = Kit(kit.tokenizer, write_corpus(tmp_path / "longer", read_texts(25, 120)))
-    with pytest.raises(PlanMismatchError, match=r"corpus\.files"):
+    with pytest.raises(PlanMismatchError, match=r"corpus\.sources\.files"):
         longer.build(small_settings(root))
     other = train_tokenizer()
     other.add_tokens(["quite-another-token"])

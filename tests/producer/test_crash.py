@@ -33,9 +33,9 @@ class Died(BaseException):
 
 
 class Mortal:
-    """Dies at the `dies_at`-th operation; where that is a write and `torn`, after half of its bytes."""
+    """Dies at the `dies_at`-th operation, or the first of that name and key; in a `torn` write after half of its bytes."""
 
-    def __init__(self, dies_at: int | None = None, *, torn: bool = False) -> None:
+    def __init__(self, dies_at: int | tuple[str, str] | None = None, *, torn: bool = False) -> None:
         self.dies_at, self.torn = dies_at, torn
         self.operations: list[tuple[str, str]] = []
         self.is_tearing = False
@@ -45,7 +45,9 @@ class Mortal:
         with self._lock:
             self.operations.append((name, key))
             n = len(self.operations) - 1
-            if self.dies_at is None or n < self.dies_at:
+            if self.dies_at == (name, key):
+                self.dies_at = n
+            if not isinstance(self.dies_at, int) or n < self.dies_at:
                 return
             if self.torn and n == self.dies_at and name == "write":
                 self.is_tearing = True
@@ -98,7 +100,7 @@ class Bench:
             shutil.copytree(self.planned, out)
         return out
 
-    def die(self, out: Path, dies_at: int, *, torn: bool = False) -> None:
+    def die(self, out: Path, dies_at: int | tuple[str, str], *, torn: bool = False) -> None:
         mortal = Mortal(dies_at, torn=torn)
         with pytest.raises(Died):
             self.build(out, mortal)
@@ -109,6 +111,12 @@ class Bench:
         planned = operation >= self.n_planning
         out = self.fresh(planned=planned)
         self.die(out, operation - (self.n_planning if planned else 0), torn=torn)
+        return out
+
+    def die_on(self, name: str, key: str) -> Path:
+        """Die at one step of filling, whatever other threads are at; returns where."""
+        out = self.fresh(planned=True)
+        self.die(out, (name, key))
         return out
 
     def check_what_is_left(self, out: Path) -> None:
@@ -204,7 +212,7 @@ def test_nothing_is_committed_before_all_it_covers_is_durable(bench):
 def test_adopted_rows_are_made_durable_before_their_record(bench, monkeypatch):
     """Whoever died after the link and before the sync of the folder has left a name that a power cut may take."""
     key = f"acts/{HOOKS[0]}/rows/c.0.1.0"
-    out = bench.die_at(bench.operations.index(("fsync directory", key)))
+    out = bench.die_on("fsync directory", key)
     events, sync = [], disk_module._sync_dir
     monkeypatch.setattr(disk_module, "_sync_dir", lambda path: (events.append(("sync", path)), sync(path)))
     mortal = Mortal()

@@ -484,8 +484,10 @@ def test_what_is_unknown_says_so(tmp_path):
     assert (a.device, a.batch_size, a.n_tokens) == ("import", 0, None)
     assert a.model.digest == named_digest("model", "unknown")
     assert b.model.digest == named_digest("model", "gpt2") != b.tokenizer.digest
-    assert (a.model.n_layers, a.model.width, a.corpus.name, a.corpus.text_column) == (12, 4, "in", "npy")
-    assert a.corpus.files == tuple(
+    assert (a.model.n_layers, a.model.width, a.corpus.name) == (12, 4, "in")
+    (source,) = a.corpus.sources
+    assert (source.kind, source.column) == ("activations", "npy")
+    assert source.files == tuple(
         (name, (folder / name).stat().st_size) for name in ("layer_11.npy", "layer_3.npy")
     )
     assert str(tmp_path) not in (tmp_path / "a.zarr" / "zarr.json").read_text()
@@ -992,7 +994,7 @@ def test_another_source_is_refused(tmp_path):
     with pytest.raises(PlanMismatchError, match="mlp_out"):
         import_activations(open_source(folder, hook="mlp_out"), settings(out))
     np.save(folder / "tokens.npy", make_tokens())
-    with pytest.raises(PlanMismatchError, match=r"corpus\.files"):
+    with pytest.raises(PlanMismatchError, match=r"corpus\.sources\.files"):
         import_activations(open_source(folder), settings(out))
     (folder / "tokens.npy").unlink()
     acts[3][12, 5, 3] += 1

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from actcache.errors import DamageError, NotFoundError, UsageError
 from actcache.model import load_model, load_tokenizer
 from actcache.producer import samples as subject
-from actcache.producer.corpus import open_corpus
+from actcache.producer.corpus import open_source
 from actcache.producer.samples import cut_passage, make_corpus, make_model, undo_rope_permutation
 
 EXCERPT = Path(__file__).parents[1] / "assets" / "text" / "sotu.jsonl"
@@ -101,7 +101,7 @@ def test_make_corpus(tmp_path):
     assert all(1000 < len(record["text"]) <= 6000 for record in records)
     assert [record["source"] for record in records] != sorted(record["source"] for record in records)
     assert lines[:55] == EXCERPT.read_text(encoding="utf-8").splitlines()
-    assert list(open_corpus(path).documents()) == [record["text"] for record in records]
+    assert list(open_source(path).documents()) == [record["text"] for record in records]
     assert make_corpus(path).read_text(encoding="utf-8").splitlines() == lines
     assert [entry.name for entry in path.parent.iterdir()] == ["sotu.jsonl"]
 
@@ -195,7 +195,7 @@ def test_the_converted_model_knows_the_capital_of_france(smollm2):
 @needs_smollm2
 def test_the_converted_tokenizer_round_trips_text(smollm2):
     tokenizer = load_tokenizer(smollm2)
-    texts = [*open_corpus(EXCERPT).documents(), "  3 45   6\t1234 \n\n äöü 中文 🙂 <b>"]
+    texts = [*open_source(EXCERPT).documents(), "  3 45   6\t1234 \n\n äöü 中文 🙂 <b>"]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert len(tokenizer.encode("12345", add_special_tokens=False)) == 5  # digits one by one

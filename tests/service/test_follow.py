@@ -21,9 +21,9 @@ from actcache.errors import (
     UncommittedError,
     UsageError,
 )
+from actcache.producer import workers as workers_module
 from actcache.producer.presence import Presence
 from actcache.reader import follow as follow_module
-from actcache.service import retention as retention_module
 from actcache.service.footprint import Footprint, bytes_under
 from actcache.service.retention import DiskBudget, bounded_by
 from actcache.store.disk import Disk
@@ -262,7 +262,7 @@ def test_a_retired_shard_is_not_waited_for(whole):
     footprint = Footprint(catalog_of(whole), whole.root, 1)
     room = int(footprint.fixed_bytes + footprint.most[:7].sum())
     with Disk(whole.root) as disk, Presence(disk, N_SHARDS, dict) as presence:
-        bounded_by(DiskBudget(max_bytes=room, consumers=("a",)))(catalog_of(whole), disk, presence).admit(11)
+        bounded_by(DiskBudget(max_bytes=room, consumers=("a",)))(catalog_of(whole), disk, presence).admits(11)
     with (
         actcache.open(whole.root).stream(**SMALL, follow=True, consumer="a") as stream,
         pytest.raises(RetiredError, match="shard 1 of"),
@@ -353,7 +353,7 @@ def test_an_expired_consumer_is_told_unless_nothing_was_lost(whole):
     footprint = Footprint(catalog_of(whole), whole.root, 1)
     room = int(footprint.fixed_bytes + footprint.most[:7].sum())
     with Disk(whole.root) as disk, Presence(disk, N_SHARDS, dict) as presence:
-        bounded_by(DiskBudget(max_bytes=room, consumers=("b",)))(catalog_of(whole), disk, presence).admit(11)
+        bounded_by(DiskBudget(max_bytes=room, consumers=("b",)))(catalog_of(whole), disk, presence).admits(11)
     (whole.root / ".live/budget.json").unlink()
     with (
         store.stream(**SMALL, follow=True) as stream,
@@ -368,7 +368,7 @@ def test_an_expired_consumer_is_told_unless_nothing_was_lost(whole):
 def test_building_within_a_budget_while_it_is_read(kit, tmp_path, monkeypatch):
     """A real build that needs four times its budget; each row once, the disk never over, the same rows as without."""
     monkeypatch.setattr(follow_module, "_FIRST_POLL_S", 0.01)
-    monkeypatch.setattr(retention_module, "_POLL_S", 0.02)
+    monkeypatch.setattr(workers_module, "POLL_S", 0.02)
     chosen = {
         "n_tokens": 24 * 8 * 16,
         "holdout_frac": 0.05,

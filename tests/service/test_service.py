@@ -520,7 +520,7 @@ def test_retired_shards_say_so_through_a_service(whole, serve):
     footprint = Footprint(catalog_of(whole), whole.root, 1)
     budget = DiskBudget(max_bytes=int(footprint.fixed_bytes + footprint.most[:7].sum()), consumers=("a",))
     with Disk(whole.root) as disk, Presence(disk, N_SHARDS, dict) as presence:
-        bounded_by(budget)(catalog_of(whole), disk, presence).admit(11)
+        bounded_by(budget)(catalog_of(whole), disk, presence).admits(11)
     assert store.retired() == actcache.open(whole.root).retired() != []
     with pytest.raises(RetiredError, match="shard 1 of"):
         store.stream(**SMALL)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import actcache
 from actcache.store.dtypes import as_float32, disk_dtype
-from actcache.store.quantise import EXACT, OUTLIER_NORM_RATIO, dequantise, parse, quantise
+from actcache.store.quantise import EXACT, OUTLIER_NORM_RATIO, dequantise, parse
+from actcache.store.quantise import quantise as quantise_run
 from tests.conftest import as_bits, write_store
 from tests.store.test_shard import ODD
 
@@ -20,6 +21,13 @@ def to_disk(values: np.ndarray, dtype: str) -> np.ndarray:
         if dtype == "bfloat16":
             return values.astype(ml_dtypes.bfloat16).view(np.uint16)
         return values.astype(disk_dtype(dtype))
+
+
+def quantise(rows: np.ndarray, dtype: str, kept: int):
+    """One chunk."""
+    run = quantise_run(rows, 1, dtype, kept)
+    assert np.array_equal(run.exact_rows, run.chunks[0].exact_rows)
+    return run.chunks[0], run.said, run.x
 
 
 def float64(x: np.ndarray) -> np.ndarray:
@@ -130,6 +138,25 @@ def test_a_block_survives_and_a_wrong_one_is_refused(chunk):
         at = 8 * rows.shape[1]
         with pytest.raises(ValueError, match="exact row"):
             parse(q.codes, block[:at] + b"\xff\xff\0\0" + block[at + 4 :], disk_dtype(dtype))
+
+
+@settings(max_examples=100)
+@given(chunks(), st.integers(1, 4), st.data())
+def test_chunks_of_a_run_are_what_they_are_alone(chunk, n_chunks, data):
+    rows, dtype, _ = chunk
+    rng = np.random.default_rng(0)
+    many = np.concatenate([rng.permutation(rows) for _ in range(n_chunks)])
+    kept = data.draw(st.integers(0, len(many)))
+    run = quantise_run(many, n_chunks, dtype, kept)
+    said, exact_rows = run.said.copy(), []
+    for i in range(n_chunks):
+        at = slice(i * len(rows), (i + 1) * len(rows))
+        alone, alone_said, _ = quantise(many[at], dtype, min(max(0, kept - at.start), len(rows)))
+        assert run.chunks[i].codes.tobytes() == alone.codes.tobytes()
+        assert run.chunks[i].block() == alone.block()
+        assert as_bits(said[at]).tobytes() == as_bits(alone_said).tobytes()
+        exact_rows += (alone.exact_rows + at.start).tolist()
+    assert run.exact_rows.tolist() == exact_rows
 
 
 def test_rounding_of_float16_at_its_greatest_is_not_infinity():

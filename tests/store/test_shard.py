@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from actcache.errors import DamageError
 from actcache.store.arrays import capture_arrays
 from actcache.store.dtypes import as_float32
-from actcache.store.encode import ChunkEncoder, EncodedShard, Gathered
+from actcache.store.encode import EncodedShard, RunEncoder
+from actcache.store.gathered import Gathered
 from actcache.store.metadata import array_json
 from actcache.store.objects import LocalObjects
 from actcache.store.quantise import quantise
@@ -52,7 +53,7 @@ def encode(rows, spec, n_threads=1, dtype="bfloat16", codec=None, kept=None):
     planned = PlannedShard(kept=stored if kept is None else kept, stored=stored, objects={})
     gathered = Gathered(capture, spec, planned, lambda *_: None)
     with ThreadPoolExecutor(n_threads) as pool:
-        shard = EncodedShard(rows, ChunkEncoder(capture, spec), gathered, pool, 3)
+        shard = EncodedShard(rows, RunEncoder(capture, spec), gathered, pool, 3)
         data = b"".join(part for parts in shard for part in parts)
         return data, shard.chunks
 
@@ -166,7 +167,8 @@ def test_codes_survive(folder, dtype, n_layers, rows_per_chunk, n_chunks, width,
     assert reader.dtype == rows.dtype
     for layer_i, c in np.ndindex(n_layers, n_stored_chunks(stored, rows_per_chunk)):
         given = rows[layer_i, c * rows_per_chunk : (c + 1) * rows_per_chunk]
-        q, said, _ = quantise(given, dtype, min(max(0, kept - c * rows_per_chunk), len(given)))
+        run = quantise(given, 1, dtype, min(max(0, kept - c * rows_per_chunk), len(given)))
+        (q,), said = run.chunks, run.said
         found, out = reader.read_codes(layer_i, c), np.empty(reader.shape, reader.dtype)
         assert found.block() == q.block()
         assert np.array_equal(found.codes[: len(given)], q.codes)

@@ -3,7 +3,7 @@
 The plan's records are strict, so what nobody knows about imported activations has a fixed value in them:
 
     model.digest, tokenizer.digest   `named_digest`: over the name alone, never over weights
-    tokenizer.vocab_size, separator_id  one more than the largest id, and 0, which separates nothing
+    tokenizer.vocab_size             one more than the largest id
     tokens                           0 where the source has none
     device, batch_size               "import" and 0: no model ran
     text.digest                      the source's fingerprint
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import CorpusError, PlanMismatchError, UsageError
 from actcache.producer.importing.source import TOKENS_AT_A_TIME, Facts, Fingerprint, Source
-from actcache.producer.plan import check_same
+from actcache.producer.settings import check_same
 from actcache.producer.tokens import keep_mask, sequence_order
 from actcache.store import keyed
 from actcache.store.arrays import NO_DOCUMENT
@@ -34,6 +34,8 @@ from actcache.store.schema import (
     LogicalDtype,
     ModelRecord,
     Request,
+    SourceCount,
+    SourceRecord,
     TextRecord,
     TokenizerRecord,
     digest_of,
@@ -120,13 +122,16 @@ def make_request(source: Source, settings: ImportSettings, fingerprint: Fingerpr
         tokenizer=TokenizerRecord(
             digest=named_digest("tokenizer", tokenizer),
             vocab_size=_greatest_id(source) + 1,
-            separator_id=0,
             bos_id=None,
             special_ids=tuple(sorted(set(settings.special_ids))),
+            chat_template=None,
         ),
-        corpus=CorpusRecord(name=facts.name, text_column=facts.format, files=fingerprint.sizes),
+        corpus=CorpusRecord(name=facts.name, sources=(_source_record(facts, fingerprint),)),
         n_tokens=None,
+        allow_short=False,
         seq_len=facts.seq_len,
+        packing="packed",
+        isolate_documents=False,
         bos=False,
         holdout_frac=settings.holdout_frac,
         exclude_first=exclude_first,
@@ -137,6 +142,19 @@ def make_request(source: Source, settings: ImportSettings, fingerprint: Fingerpr
         sequences_per_shard=settings.sequences_per_shard,
         rows_per_chunk=settings.rows_per_chunk,
         shard_memory_bytes=settings.shard_memory_bytes,
+    )
+
+
+def _source_record(facts: Facts, fingerprint: Fingerprint) -> SourceRecord:
+    return SourceRecord(
+        name=facts.name,
+        kind="activations",
+        column=facts.format,
+        weight=None,
+        separator_id=None,
+        token_dtype=None,
+        document_tokens=None,
+        files=fingerprint.sizes,
     )
 
 
@@ -169,6 +187,8 @@ def make_text(facts: Facts, fingerprint: Fingerprint) -> TextRecord:
         n_documents_skipped=0,
         n_documents_empty=0,
         n_tokens=facts.n_sequences * facts.seq_len,
+        n_tokens_cut=0,
+        sources=(SourceCount(n_documents_read=n_documents, n_tokens=facts.n_sequences * facts.seq_len),),
         digest=fingerprint.digest,
     )
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from actcache.errors import NonFiniteError, UsageError
+from actcache.producer.grid import choose_grid
 from actcache.producer.importing.layout import (
     ImportSettings,
     Order,
@@ -27,7 +28,7 @@ from actcache.producer.importing.layout import (
     make_text,
 )
 from actcache.producer.importing.source import Fingerprint, Source
-from actcache.producer.plan import SizeForecast, choose_grid, forecast
+from actcache.producer.plan import SizeForecast, forecast
 from actcache.store.arrays import disk_dtype
 from actcache.store.create import CaptureRequest, create_plan, staging, sweep_staged
 from actcache.store.disk import Disk
