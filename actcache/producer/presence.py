@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from actcache.errors import DiskFullError
 from actcache.store.disk import Disk
 from actcache.store.live import (
     STATE,
@@ -88,7 +87,7 @@ class Presence:
                 changes = {"beat": self._state.beat + 1, "seen_at": now(), **self._facts()}
                 self._state = self._state.model_copy(update=changes)
                 replace_file(self._path, encode(self._state))
-        except (OSError, DiskFullError) as error:  # to be seen is not worth stopping for
+        except OSError as error:  # to be seen is not worth stopping for
             logger.warning("the state of this producer could not be written: %s", error)
 
     def _beat(self) -> None:
@@ -112,7 +111,10 @@ class Presence:
             self._say(phase="stopped", reason="asked to stop")
         else:
             self._say(phase="failed", reason=f"{type(error).__name__}: {error}")
-        self._live.put(ended_file(self._state.rank), encode(self._state))  # the workspace goes
+        try:
+            self._live.put(ended_file(self._state.rank), encode(self._state))  # the workspace goes
+        except OSError as failed:
+            logger.warning("how this producer ended could not be written: %s", failed)
 
 
 class Rate:
