@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check interop soak bench clean install
+.PHONY: demo test check interop gpu soak bench clean install
 
 install: $(READY)
 
@@ -45,15 +45,22 @@ $(VENV)/.interop: $(READY) tests/interop/requirements.txt
 interop: $(VENV)/.interop
 	PYTHONPATH=$(INTEROP) $(BIN)/pytest -m interop tests/interop
 
+# On a machine with CUDA: triton's programs compiled and run, not interpreted.
+gpu: $(READY)
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu
+
 soak: $(READY)
 	$(BIN)/pytest --hypothesis-profile new
 	$(BIN)/pytest -m soak --timeout 7200 --durations=0 -v --no-header | tee benchmarks/results/soak.txt
 
-bench: $(READY)
+bench: $(VENV)/.interop
 	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/shuffle.py --work build/bench --out benchmarks/results/shuffle.json
 	$(BIN)/python benchmarks/memory.py --work build/bench --out benchmarks/results/memory.json
+	$(BIN)/python benchmarks/train_wait.py --work build/bench --out benchmarks/results/train_wait.json
+	$(BIN)/python benchmarks/train_sweep.py --work build/bench --out benchmarks/results/train_sweep.json
 	$(BIN)/python benchmarks/object_storage.py --out benchmarks/results/object_storage.json
+	PYTHONPATH=$(INTEROP) $(BIN)/python benchmarks/train.py --out benchmarks/results/train.json
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

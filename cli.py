@@ -29,22 +29,24 @@ from rich.table import Table
 from rich.text import Text
 
 import actcache
-from actcache.errors import ActcacheError, UsageError
+from actcache.errors import ActcacheError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from actcache.producer.corpus import Corpus
     from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
     from actcache.producer.settings import Settings
-    from actcache.producer.summary import BuildSummary, Reporter
+    from actcache.producer.summary import BuildReporter, BuildSummary
     from actcache.producer.workers import Rank
     from actcache.reader.access import Store
     from actcache.reader.stream import Stream
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
-    from analysis.metrics import Evaluation
+    from analysis.evaluation import EvalReport
+    from analysis.reporter import Reporter
     from trainer.config import TrainConfig
-    from trainer.loop import RunSummary, StepReport
+    from trainer.ranks import Ranks
+    from trainer.reports import RunSummary, StepReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,7 +112,8 @@ class _Rate(ProgressColumn):
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} {self._unit}/s" if task.speed else f"- {self._unit}/s")
+        unit = task.fields.get("unit", self._unit)
+        return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else f"- {unit}/s")
 
 
 class _Progress(Progress):
@@ -529,7 +532,7 @@ def _build_on_ray(
         "address": options["ray_address"],
     }
 
-    def work(reporter: "Reporter") -> "BuildSummary":
+    def work(reporter: "BuildReporter") -> "BuildSummary":
         decoder = _load(options | {"device_map": None}, options["model_dtype"], "cpu")  # for its digest only
         _, names = ensure_planned(
             settings, decoder, tokenizer, corpus, corpus_name=corpus_name, device=device, reporter=reporter
@@ -626,10 +629,10 @@ def _build(
 
 
 def _run_build(
-    out: Path, n_tokens: int | None, work: Callable[["Reporter"], "BuildSummary"], *, quiet: bool
+    out: Path, n_tokens: int | None, work: Callable[["BuildReporter"], "BuildSummary"], *, quiet: bool
 ) -> "BuildSummary":
     """Do the work of a build with bars and messages; stopped with Ctrl-C or SIGTERM it says how to go on."""
-    from actcache.producer.summary import Reporter
+    from actcache.producer.summary import BuildReporter
 
     with _progress("tok", quiet=quiet) as progress:
         planning = progress.add_task("tokenise", total=n_tokens, visible=False)
@@ -643,7 +646,7 @@ def _run_build(
             if not quiet:
                 _print_forecast(out, grid, size)
 
-        reporter = Reporter(
+        reporter = BuildReporter(
             on_tokens=lambda n: progress.update(planning, completed=n, visible=True),
             on_forecast=forecast,
             on_start=started,
@@ -1307,7 +1310,7 @@ def _sample_model(
     )
 
 
-# train and eval
+# train
 
 
 @app.command()
@@ -1316,22 +1319,72 @@ def train(
     out: Annotated[
         Path, typer.Option(help="The run's folder: checkpoints, metrics.jsonl and the finished SAE.")
     ],
+    form: Annotated[
+        str,
+        typer.Option(
+            help="stacked: one SAE on the rows of all layers (MLSAE). feature: a token's layers side by side. crosscoder: all "
+            "layers of a token at once. transcoder: --hook in, --target-hook out."
+        ),
+    ] = "stacked",
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer", help="One SAE for each layer, all from one read: OUT/layer=3, OUT/layer=4, ..."
+        ),
+    ] = False,
     layers: Annotated[
         str | None, typer.Option(help='Layers to train on, for example "0,5,10". Default: all stored.')
     ] = None,
     hook: Annotated[str | None, typer.Option(help="Which capture, where the store has several.")] = None,
-    expansion: Annotated[int, typer.Option(help="Latents per width.")] = 16,
-    k: Annotated[int, typer.Option(help="Active latents per row.")] = 32,
-    auxk: Annotated[int, typer.Option(help="Dead latents that explain the residual; 0 is off.")] = 256,
+    target_hook: Annotated[
+        str | None, typer.Option(help="Of a transcoder: the capture that is to be predicted.")
+    ] = None,
+    expansion: Annotated[int, typer.Option(help="Latents per width of one layer.")] = 16,
+    k: Annotated[int, typer.Option(help="Active latents per row; with batchtopk on average.")] = 32,
+    activation: Annotated[
+        str,
+        typer.Option(
+            help="topk: k of every row. batchtopk: k times the rows, over the batch. relu: all, with an L1 penalty."
+        ),
+    ] = "topk",
+    auxk: Annotated[
+        int | None,
+        typer.Option(
+            help="Dead latents that explain the residual; 0 is off. Default: 256, and off with relu."
+        ),
+    ] = None,
     dead_after_tokens: Annotated[
         int, typer.Option(help="A latent is dead after this many tokens without activity.")
     ] = 10_000_000,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate. Default: 2e-4 * sqrt(2^14 / latents).")
     ] = None,
-    batch_rows: Annotated[int, typer.Option(help="Rows per optimiser step.")] = 8192,
+    batch_rows: Annotated[int, typer.Option(help="Rows per optimiser step, over all processes.")] = 8192,
+    micro_rows: Annotated[
+        int | None,
+        typer.Option(help="Rows per forward and backward pass: bounds memory, changes nothing else."),
+    ] = None,
     rows: Annotated[int | None, typer.Option(help="Stop after this many rows.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Or after this many epochs. Default: 1.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other setting of docs/reference/training.md, such as warmup_steps=1000 or precision=bfloat16. Repeat.",
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=A,B,...",
+            help="Train one SAE for each value, all on the same batches in one pass: OUT/k=16, OUT/k=32, ... Repeat for every "
+            "combination.",
+        ),
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Start from the weights of this finished run instead of random ones.")
+    ] = None,
     outlier_norm_ratio: Annotated[
         float,
         typer.Option(help="Drop rows whose norm exceeds this many times their layer's median; 0 keeps all."),
@@ -1345,55 +1398,105 @@ def train(
             help="Of an unfinished store, train on the shards that are committed now; --resume goes on with the same ones.",
         ),
     ] = False,
+    lens: Annotated[
+        Path | None,
+        typer.Option(
+            help="See every row through this lens (actcache lens train): the SAE is trained in its space, and gives raw rows back."
+        ),
+    ] = None,
+    partitions: Annotated[
+        int, typer.Option(help="What processes share out; their number must divide it. Part of the order.")
+    ] = 8,
     memory: Annotated[str | None, typer.Option(help="Bound on memory for reading, such as 2GiB.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of rows and of the initial weights.")] = 0,
     device: Device = "auto",
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="auto: triton on a GPU where it is installed, else sparse. Or reference, sparse, triton."
+        ),
+    ] = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
+    keep: Annotated[
+        int, typer.Option(help="Newest checkpoints kept; the best on held-out rows is kept too.")
+    ] = 2,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations on held-out rows. Default: none.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard.")] = False,
+    wandb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROJECT", help="Also log to this Weights & Biases project (WANDB_MODE=offline works)."
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; begin it where there is none.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train one top-k SAE on shuffled token x layer rows of a store (a multi-layer SAE)."""
-    from trainer.config import TrainConfig
+    """Train sparse autoencoders on shuffled token x layer rows of a store; by default one on all layers (MLSAE).
 
+    Under torchrun the processes share every batch: same rows, same result within rounding. Ctrl-C or SIGTERM saves a
+    checkpoint and ends the run; the same command with --resume goes on exactly there.
+    """
+    from trainer import trackers
+    from trainer.sweep import parse_setting, value_of
+
+    given = {name: value_of(text) for name, text in map(parse_setting, settings or [])}
+    if rows is None and epochs is None and not {"rows", "epochs"} & given.keys():
+        epochs = 1
     chosen = {
+        "form": form,
         "expansion": expansion,
         "k": k,
+        "activation": activation,
         "auxk": auxk,
         "dead_after_tokens": dead_after_tokens,
         "lr": lr,
         "batch_rows": batch_rows,
+        "micro_rows": micro_rows,
         "rows": rows,
-        "epochs": epochs if rows is not None or epochs is not None else 1,
+        "epochs": epochs,
         "seed": seed,
         "checkpoint_every_steps": checkpoint_every,
+        "keep_newest": keep,
+        "eval_every_steps": eval_every,
     }
-    try:
-        config = TrainConfig(**chosen)
-    except ValueError as error:
-        raise UsageError(_validation(error)) from error
     selection = {
-        "hook": hook,
+        "hook": hook if target_hook is None else [hook, target_hook],
         "layers": layers,
         "outlier_norm_ratio": outlier_norm_ratio or None,
         "window_rows": window_rows,
         "run_chunks": run_chunks,
         "partial": (resume and _frozen_shards(out)) or partial,
+        "partitions": partitions,
         "memory": None if memory is None else _size(memory),
     }
-    summary = _train(store, out, config, selection, _device(device), resume=resume, quiet=as_json)
-    if as_json:
-        print(json.dumps(asdict(summary)))
+    if (form == "transcoder") != (hook is not None and target_hook is not None):
+        raise UsageError(
+            "--form transcoder reads --hook and predicts --target-hook: give both, or another form without --target-hook"
+        )
+    boards = [trackers.tensorboard()] if tensorboard else []
+    summary = _train(
+        store,
+        out,
+        {name: value for name, value in chosen.items() if value is not None} | given,
+        selection,
+        device,
+        kernels=kernels,
+        sweeps=sweep or [],
+        per_layer=per_layer,
+        init_from=init_from,
+        lens=lens,
+        boards=boards + ([trackers.wandb(wandb)] if wandb else []),
+        resume=resume,
+        quiet=as_json,
+    )
     if summary.outcome == "stopped":
         raise typer.Exit(130)
-
-
-def _validation(error: ValueError) -> str:
-    problems = getattr(error, "errors", list)()
-    return "; ".join(
-        f"{'.'.join(str(part) for part in p['loc']) or 'arguments'}: {p['msg']}" for p in problems
-    ) or str(error)
+    if summary.failed:
+        raise typer.Exit(1)
 
 
 def _frozen_shards(run: Path) -> str | None:
@@ -1410,86 +1513,133 @@ def _frozen_shards(run: Path) -> str | None:
 def _stream(store: Any, selection: dict[str, Any], **more: Any) -> "Stream":
     from actcache.model import parse_layers
 
-    hook, layers = selection["hook"], selection["layers"]
+    layers = selection["layers"]
     if isinstance(layers, str):
         layers = parse_layers(layers, store.plan.request.model.n_layers)
-    return store.stream(
-        hook=hook,
-        layers=layers,
-        outlier_norm_ratio=selection["outlier_norm_ratio"],
-        window_rows=selection["window_rows"],
-        run_chunks=selection.get("run_chunks", 1),
-        memory=selection["memory"],
-        **more,
+    names = ("hook", "stack", "outlier_norm_ratio", "window_rows", "run_chunks", "partitions", "memory")
+    chosen = {name: selection[name] for name in names if selection.get(name) is not None}
+    return store.stream(layers=layers, **chosen, **more)
+
+
+def _processes(device: str) -> tuple["Ranks", str]:
+    """The processes of this run, as torchrun says, and this one's device."""
+    from trainer.ranks import ALONE, join
+
+    size, rank, local = (
+        int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
+    chosen = _device(device)
+    if size == 1:
+        return ALONE, chosen
+    import torch
+
+    if chosen == "cuda":
+        chosen = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    return join(torch.device(chosen), "env://", rank, size), chosen
 
 
 def _train(
     location: str,
     out: Path,
-    config: "TrainConfig",
+    settings: dict[str, Any],
     selection: dict[str, Any],
     device: str,
     *,
+    kernels: str = "auto",
+    sweeps: list[str] | None = None,
+    per_layer: bool = False,
+    init_from: Path | None = None,
+    lens: Path | None = None,
+    boards: Any = (),
     resume: bool,
     quiet: bool,
 ) -> "RunSummary":
     import torch
 
-    from trainer.loop import train
+    from trainer.checkpoint import load_sae
+    from trainer.forms import FORMS
+    from trainer.kernels import make_kernels
+    from trainer.lens import load_lens
+    from trainer.loop import train_many
+    from trainer.ranks import leave
+    from trainer.sweep import make_configs
 
+    config = next(iter(make_configs(settings, sweeps or []).values()))
+    selection = {**selection, "stack": FORMS[config.form].stack}
     store = _open(location)
-    n_epochs = config.epochs
-    with _stream(
-        store,
-        selection,
-        batch_size=config.batch_rows,
-        seed=config.seed,
-        epochs=n_epochs,
-        partial=selection["partial"],
-        device=device,
-        dtype=torch.float32,
-    ) as source:
-        n_total = config.rows if config.rows is not None else source.n_rows * (n_epochs or 1)
-        if not quiet:
-            _print_selection(store, source, selection)
-        request = store.plan.request
-        provenance = {
-            "store": Path(location).name,
-            "plan": store.plan.digest,
-            "model": request.model.as_json(),
-            "corpus": request.corpus.name,
-            "selection": {
-                **{k: v for k, v in selection.items() if k not in ("memory", "partial")},
-                "layers": list(source.layers),
-            },
-            "order": source.settings,
-            "actcache_version": actcache.__version__,
-        }
-        with _progress("rows", quiet=quiet) as progress, _stop_on_signals() as stop:
-            task = progress.add_task("train", total=n_total)
-            watch = _step_watcher(progress, task, config.resolve(source.width).n_latents or 1)
-            summary = train(
-                source,
-                config,
-                out,
-                device=device,
-                resume=resume,
-                provenance=provenance,
-                on_step=watch,
-                stop=stop.is_set,
+    ranks, device = _processes(device)
+    chosen_kernels = make_kernels(kernels, device)
+    shown = not quiet and ranks.is_first
+    reading = {
+        "device": device,
+        "dtype": torch.float32,
+        "rank": ranks.rank,
+        "world_size": ranks.size,
+    }
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(
+            _stream(
+                store,
+                selection,
+                batch_size=config.batch_rows,
+                seed=config.seed,
+                epochs=config.epochs,
+                partial=selection["partial"],
+                **reading,
             )
-    if not quiet:
-        said = {
-            "finished": f"finished after {summary.step:,} steps",
-            "stopped": "stopped; a checkpoint is saved. Go on with --resume",
-            "already finished": "is finished already. Nothing to do",
-        }[summary.outcome]
-        waited = 100 * summary.waited_s / max(summary.elapsed_s, 1e-9)
-        console.print(
-            f"{out}: {said} ({summary.elapsed_s:.0f} s, {waited:.1f} % waiting for data)", highlight=False
         )
+        held_out = None
+        if config.eval_every_steps is not None:
+            held_out = stack.enter_context(
+                _stream(store, selection, split="holdout", batch_size=min(config.batch_rows, 4096), **reading)
+            )
+        configs = make_configs(settings, sweeps or [], source.layers if per_layer else None)
+        if shown:
+            _print_selection(store, source, selection)
+            _print_memory(configs, source)
+        n_total = config.rows if config.rows is not None else source.n_rows * (config.epochs or 1)
+        progress = stack.enter_context(_progress("rows", quiet=not shown))
+        stop = stack.enter_context(_stop_on_signals())
+        summary = train_many(
+            source,
+            configs,
+            out,
+            device=device,
+            resume=resume,
+            provenance=_provenance(store, location, selection, source),
+            held_out=held_out,
+            init=None if init_from is None else load_sae(init_from, device=device),
+            lens=None if lens is None else load_lens(lens),
+            trackers=boards,
+            kernels=chosen_kernels,
+            ranks=ranks,
+            on_step=_step_watcher(progress, progress.add_task("train", total=n_total)),
+            stop=stop.is_set,
+        )
+    if ranks.size > 1:
+        leave()
+    if shown:
+        _print_run(out, summary)
+    elif quiet and ranks.is_first:
+        print(json.dumps(asdict(summary)))
     return summary
+
+
+def _provenance(store: Any, location: str, selection: dict[str, Any], source: "Stream") -> dict[str, Any]:
+    request = store.plan.request
+    return {
+        "store": Path(location).name,
+        "plan": store.plan.digest,
+        "model": request.model.as_json(),
+        "corpus": request.corpus.name,
+        "selection": {
+            **{k: v for k, v in selection.items() if k not in ("memory", "partial", "partitions")},
+            "layers": list(source.layers),
+        },
+        "order": source.settings,
+        "actcache_version": actcache.__version__,
+    }
 
 
 def _print_selection(store: Any, source: "Stream", selection: dict[str, Any]) -> None:
@@ -1507,22 +1657,81 @@ def _print_selection(store: Any, source: "Stream", selection: dict[str, Any]) ->
     )
 
 
-def _step_watcher(progress: _Progress, task: Any, n_latents: int) -> Callable[["StepReport"], None]:
-    started = time.perf_counter()
-    is_first = True
+def _print_memory(configs: dict[str, "TrainConfig"], source: "Stream") -> None:
+    from trainer.forms import FORMS
+    from trainer.present import memory_table
+    from trainer.sweep import memory_of
+
+    layers = tuple(source.layers)
+    memory = {}
+    for name, config in configs.items():
+        try:
+            memory[name] = memory_of(config, FORMS[config.form].width(source.width, layers), len(layers))
+        except ValueError as error:
+            raise UsageError(f"{name + ': ' if name else ''}{_validation(error)}") from error
+    console.print(memory_table(memory))
+
+
+def _print_run(out: Path, summary: "RunSummary") -> None:
+    said = {
+        "finished": f"finished after {summary.step:,} steps",
+        "stopped": "stopped; a checkpoint is saved. Go on with --resume",
+        "already finished": "is finished already. Nothing to do",
+    }[summary.outcome]
+    waited = 100 * summary.waited_s / max(summary.elapsed_s, 1e-9)
+    console.print(
+        f"{out}: {said} ({summary.elapsed_s:.0f} s, {waited:.1f} % waiting for data)", highlight=False
+    )
+    for name, message in summary.failed.items():
+        console.print(Text(f"error (non_finite): {name}: {message}"), style="red", soft_wrap=True)
+
+
+def _validation(error: ValueError) -> str:
+    from pydantic import ValidationError
+
+    from trainer.sweep import describe
+
+    return describe(error) if isinstance(error, ValidationError) else str(error)
+
+
+def _step_watcher(progress: _Progress, task: Any) -> Callable[["StepReport"], None]:
+    from trainer.present import news
+
+    started, first_waited, newest = time.perf_counter(), None, dict[str, "StepReport"]()
 
     def watch(report: "StepReport") -> None:
-        nonlocal is_first
-        waited = 100 * report.waited_s / max(time.perf_counter() - started, 1e-9)
-        fvu = "  ".join(f"{layer}: {value:.3f}" for layer, value in report.train_fvu.items())
-        dead = 100 * report.n_dead / n_latents
-        progress.news = f"loss {report.loss:.4f}, dead {dead:.1f} %, waiting for data {waited:.1f} %\nFVU per layer  {fvu}"
-        if is_first:  # what an earlier call trained is not this one's speed
+        nonlocal first_waited
+        if first_waited is None:  # what an earlier call trained is not this one's speed
             progress.reset(task, completed=report.rows)
-            is_first = False
+            first_waited = report.waited_s
+        newest[report.name] = report
+        waited = (report.waited_s - first_waited) / max(time.perf_counter() - started, 1e-9)
+        progress.news = news(newest, waited)
         progress.update(task, completed=report.rows)
 
     return watch
+
+
+# eval, encode and analyze
+
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The store's model: a folder or hub id. Without it: a folder of that name beside the store, or the hub.",
+    ),
+]
+ModelTokens = Annotated[
+    int,
+    typer.Option(help="Kept tokens the model is run on, to the end of a sequence; the first of the split."),
+]
+PatchPositions = Annotated[
+    str,
+    typer.Option(
+        help="kept: patch rows that the run's filter lets pass. all: patch every position. both: one after the other."
+    ),
+]
 
 
 @app.command("eval")
@@ -1530,88 +1739,529 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
     store: StorePath,
     split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    loss: Annotated[
+        bool,
+        typer.Option(
+            "--loss", help="Also run the model with reconstructions in its place: loss, KL, logits."
+        ),
+    ] = False,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="Of a --per-layer run: the SAE of each layer on the rows of every layer."
+        ),
+    ] = False,
+    model: ModelName = None,
+    model_tokens: ModelTokens = 1000,
+    patch_positions: PatchPositions = "kept",
     picture: Annotated[
         Path | None, typer.Option(help="Also draw FVU per layer and the spread of latents (.png, .pdf).")
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Reconstruction, sparsity and spread over layers of an SAE on held-out rows, filtered as its training rows were."""
-    evaluation = _evaluate(run, store, split, _device(device), quiet=as_json)
-    if picture is not None:
-        _draw(evaluation, run, picture)
-    if as_json:
-        print(json.dumps(evaluation.as_json()))
-    else:
-        Console().print(_evaluation_table(evaluation))
+    """Reconstruction and sparsity of a run on held-out rows, filtered as its training rows were; with --loss, what the model loses."""
+    from analysis.evaluation import Wanted, evaluate_run
+    from analysis.present import evaluation_renderables
 
-
-def _evaluate(run: Path, location: str, split: str, device: str, *, quiet: bool) -> "Evaluation":
-    import torch
-
-    from analysis.metrics import evaluate
-    from trainer.checkpoint import load_sae
-
-    sae = load_sae(run, device=device)
-    selection = {**sae.provenance.get("selection", {}), "memory": None}
-    limits = sae.provenance.get("order", {}).get("norm_limits")
-    if isinstance(limits, list):  # as in training, to the last row: medians of an unfinished store change
-        selection["outlier_norm_ratio"] = None
-        reading = {"norm_limits": dict(zip(sae.layers, limits, strict=True))}
-    else:
-        reading = {}
-    if "window_rows" not in selection:
-        raise UsageError(
-            f"{run} does not say which rows it was trained on; it was not made by 'actcache train'"
-        )
-    store = _open(location)
-    if store.plan.request.model.digest != sae.provenance["model"]["digest"]:
-        raise UsageError(
-            f"{run} was trained on activations of {sae.provenance['model']['name']}, {location} holds those of "
-            f"{store.plan.request.model.name} (other weights)"
-        )
-    with (
-        _stream(
-            store, selection, batch_size=4096, split=split, device=device, dtype=torch.float32, **reading
-        ) as source,
-        _progress("rows", quiet=quiet) as progress,
-    ):
-        task = progress.add_task("evaluate", total=source.n_rows)
-        return evaluate(sae, source, lambda n: progress.advance(task, n))
-
-
-def _draw(evaluation: "Evaluation", run: Path, path: Path) -> None:
-    from analysis.figures import save_overview
-    from trainer.checkpoint import load_sae
-
-    sae = load_sae(run)
-    name = sae.provenance.get("model", {}).get("name", "")
-    save_overview(
-        evaluation,
-        f"{name}: one top-k SAE on {len(sae.layers)} layers, {sae.sae.n_latents:,} latents, k = {sae.sae.k}; "
-        f"{evaluation.mean.n_rows:,} held-out rows",
-        path,
+    _choice("patch-positions", patch_positions, ("kept", "all", "both"))
+    _choice("split", split, ("holdout", "train"))
+    opened = _open(store)
+    wanted = Wanted(
+        split=split,  # type: ignore[arg-type]
+        loss=loss,
+        matrix=matrix,
+        model_tokens=model_tokens,
+        positions=_positions(patch_positions),
     )
+    chosen = _device(device)
+    with _stages(quiet=as_json) as reporter:
+        found = evaluate_run(
+            run, opened, wanted, lambda: _load_model_of(opened, model, chosen), chosen, reporter
+        )
+    if picture is not None:
+        _draw(found, run, picture)
+    if as_json:
+        print(json.dumps(found.as_json()))
+        return
+    for table in evaluation_renderables(found):
+        Console().print(table)
+
+
+@contextlib.contextmanager
+def _stages(*, quiet: bool) -> "Iterator[Reporter]":
+    """A bar for every stage that is reported."""
+    from analysis.reporter import Reporter
+
+    with _progress("", quiet=quiet) as progress:
+        tasks: list[Any] = []
+
+        def stage(name: str, total: int | None, unit: str) -> None:
+            tasks.append(progress.add_task(name, total=total, unit=unit))
+
+        yield Reporter(on_stage=stage, on_advance=lambda n: progress.advance(tasks[-1], n))
+
+
+def _positions(text: str) -> Any:
+    return ("kept", "all") if text == "both" else (text,)
+
+
+def _load_model_of(store: Any, given: str | None, device: str) -> Any:
+    from analysis.models import find_model, load_model_of
+
+    _quiet_transformers()
+    name = given or find_model(store)
+    if name is None:
+        raise UsageError(
+            f"the plan of {store.url} calls its model {store.plan.request.model.name}, without a path, and there is no folder of "
+            f"that name beside the store: say where it is with --model"
+        )
+    return load_model_of(store, name, device)
+
+
+@app.command()
+def encode(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder for the latents.")],
+    split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Stop with the sequence that completes so many kept tokens. Default: all."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write the active latents of every kept token at every layer, once, as Parquet. Run it again to continue."""
+    from analysis.latents import encode_store
+    from analysis.subject import load_subject
+
+    _choice("split", split, ("holdout", "train"))
+    subject = load_subject(run, _open(store), _device(device))
+    with _progress("rows", quiet=as_json) as progress:
+        n_rows = sum(shard.passes.size for shard in subject.shards(split, tokens))  # type: ignore[arg-type]
+        task = progress.add_task("encode", total=n_rows)
+        latents = encode_store(
+            subject,
+            out,
+            split=split,  # type: ignore[arg-type]
+            n_tokens=tokens,
+            on_rows=lambda n: progress.advance(task, n),
+        )
+    n_bytes = sum(file["bytes"] for file in latents.header["files"])
+    n_entries = sum(file["n_entries"] for file in latents.header["files"])
+    facts = {
+        "latents": str(out),
+        "n_tokens": latents.n_tokens,
+        "n_rows": n_rows,
+        "n_entries": n_entries,
+        "bytes": n_bytes,
+    }
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        console.print(
+            f"{out}: {latents.n_tokens:,} tokens x {len(latents.layers)} layers, {n_entries:,} active latents, {_bytes(n_bytes)}",
+            highlight=False,
+        )
+
+
+@app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, tables, figures and the dataset.")],
+    split: Annotated[str, typer.Option(help="holdout or train.")] = "holdout",
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Stop with the sequence that completes so many kept tokens. Default: all."),
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            help="Latents that 'actcache encode' wrote, or will be written here. Default: in --out."
+        ),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Beside another run: a folder that analyze wrote, or a run, which is then analysed on the same store. Repeat."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to look at alone. Repeat. Default: the one of the MLSAE paper."),
+    ] = None,
+    model: ModelName = None,
+    no_model: Annotated[
+        bool,
+        typer.Option("--no-model", help="Only what the rows tell: no loss, no prompts, no text of tokens."),
+    ] = False,
+    model_tokens: ModelTokens = 1000,
+    patch_positions: PatchPositions = "both",
+    examples: Annotated[int, typer.Option(help="Most active rows kept per latent and layer.")] = 8,
+    min_tokens: Annotated[
+        int, typer.Option(help="Tokens a latent must be active on to count in the variance decomposition.")
+    ] = 10,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Every table and figure of the multi-layer SAE paper about one run, in one page: OUT/report.html."""
+    from analysis.output import analyse_and_write
+    from analysis.run import PAPER_PROMPT, Request
+
+    _choice("split", split, ("holdout", "train"))
+    _choice("patch-positions", patch_positions, ("kept", "all", "both"))
+    opened = _open(store)
+    found = None if no_model else _load_model_of(opened, model, _device(device))
+    request = Request(
+        split=split,  # type: ignore[arg-type]
+        n_tokens=tokens,
+        min_tokens=min_tokens,
+        n_examples=examples,
+        model_tokens=model_tokens,
+        positions=_positions(patch_positions),
+        prompts=tuple(prompt or (PAPER_PROMPT,)),
+    )
+    with _stages(quiet=as_json) as reporter:
+        summary = analyse_and_write(
+            run,
+            opened,
+            out,
+            request,
+            model=found,
+            latents=latents,
+            compare=compare or [],
+            device=_device(device),
+            reporter=reporter,
+        )
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    else:
+        console.print(f"look at {out / 'report.html'}", highlight=False)
+
+
+def _draw(found: "EvalReport", run: Path, path: Path) -> None:
+    from analysis.figures import save_overview
+
+    if found.latents is None:
+        raise UsageError(
+            "--picture shows where latents are active; those of rows that hold several layers are at none"
+        )
+    mean = found.scores.mean
+    title = f"{run.resolve().name}: {len(found.scores.layers)} layers, {len(found.latents.mean):,} latents; {mean.n_rows:,} held-out rows"
+    save_overview(found.scores, found.latents, title, path)
     console.print(f"drew {path}", highlight=False)
 
 
-def _evaluation_table(evaluation: "Evaluation") -> Table:
-    table = Table(title="held-out rows", title_justify="left", show_edge=False)
-    for name in ("layer", "rows", "FVU", "FVU at k=0", "FVU scalar", "scalar at k=0", "L0", "L1", "alive"):
-        table.add_column(name, justify="right")
-    for layer, s in [*evaluation.layers.items(), ("mean", evaluation.mean)]:
-        table.add_row(
-            str(layer),
-            f"{s.n_rows:,}",
-            f"{s.fvu:.4f}",
-            f"{s.fvu_k0:.4f}",
-            f"{s.fvu_scalar:.4f}",
-            f"{s.fvu_scalar_k0:.4f}",
-            f"{s.l0:.1f}",
-            f"{s.l1:.1f}",
-            f"{s.n_alive:,}",
+# lens
+
+
+lens_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Lenses: one invertible affine map per layer; 'actcache train --lens' trains in their space.",
+)
+app.add_typer(lens_app, name="lens")
+LensOut = Annotated[Path, typer.Option(help="The lens: one .safetensors file.")]
+LensLayers = Annotated[
+    str | None, typer.Option(help='Layers to map, for example "0,5,10". Default: all stored.')
+]
+
+
+@lens_app.command("train")
+def lens_train(
+    store: StorePath,
+    out: LensOut,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="tuned: h + W h + c, trained to the model's own predictions. scale: each layer's mean taken off, divided by one "
+            "number. whiten: by the root of its covariance."
+        ),
+    ] = "tuned",
+    layers: LensLayers = None,
+    outlier_norm_ratio: Annotated[
+        float,
+        typer.Option(help="Leave out rows whose norm exceeds this many times their layer's median; 0: none."),
+    ] = 10.0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Kept training tokens. Default: 250,000 for tuned, all for scale and whiten."),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="tuned: Adam's learning rate, falling to 0.")] = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(help="tuned: tokens of one step.")] = 512,
+    eval_tokens: Annotated[int, typer.Option(help="tuned: held-out kept tokens it is judged on.")] = 1000,
+    shrink: Annotated[
+        float, typer.Option(help="whiten: this share of the mean variance is added to every variance.")
+    ] = 1e-3,
+    model: ModelName = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a lens from a store's training rows: tuned, mean and scale, or whitening."""
+    from actcache.model import parse_layers
+    from actcache.patching import Patcher
+    from analysis.lens_fit import RowChoice, Tuning, fit_lens, tune_lens
+    from analysis.present import lens_facts, lens_renderable
+    from trainer.lens import save_lens
+
+    _choice("kind", kind, ("tuned", "scale", "whiten"))
+    opened = _open(store)
+    choice = RowChoice(
+        layers=None if layers is None else parse_layers(layers, opened.plan.request.model.n_layers),
+        outlier_norm_ratio=outlier_norm_ratio or None,
+        n_tokens=tokens,
+    )
+    patcher = None if kind != "tuned" else Patcher(_load_model_of(opened, model, _device(device)).decoder)
+    tuned = None
+    with _stages(quiet=as_json) as reporter:
+        if patcher is not None:
+            tuning = Tuning(n_tokens=tokens or 250_000, batch_tokens=batch_tokens, lr=lr)
+            tuned = tune_lens(opened, patcher, choice, tuning, eval_tokens=eval_tokens, reporter=reporter)
+            lens = tuned.lens
+        else:
+            lens = fit_lens(opened, kind, choice, shrink=shrink, reporter=reporter)  # type: ignore[arg-type]
+    save_lens(lens, out)
+    if as_json:
+        print(json.dumps({"lens": str(out), **lens_facts(lens, tuned)}))
+    else:
+        Console().print(lens_renderable(lens, tuned))
+
+
+@lens_app.command("import")
+def lens_import(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="What the package tuned-lens saved: config.json and params.pt."
+        ),
+    ],
+    store: StorePath,
+    out: LensOut,
+    layers: LensLayers = None,
+    as_json: Json = False,
+) -> None:
+    """Read a tuned lens of the package tuned-lens as a lens for a store's layers."""
+    from actcache.model import parse_layers
+    from analysis.lens_import import import_tuned_lens
+    from analysis.present import lens_facts, lens_renderable
+    from trainer.lens import save_lens
+
+    opened = _open(store)
+    plan = opened.plan.request.model
+    chosen = opened.layers if layers is None else parse_layers(layers, plan.n_layers)
+    lens = import_tuned_lens(folder, chosen, plan.n_layers, plan.width)
+    save_lens(lens, out)
+    if as_json:
+        print(json.dumps({"lens": str(out), **lens_facts(lens, None)}))
+    else:
+        Console().print(lens_renderable(lens, None))
+
+
+# export, push and import-sae
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run; or a folder of runs, as a sweep leaves them.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder; for a folder of runs, one folder in it for each.")],
+    sae_format: Annotated[
+        str,
+        typer.Option("--format", help="actcache, saelens, sparsify, dictionary_learning, openai or mlsae."),
+    ] = "actcache",
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="For rows of this layer. Needed of an SAE of several layers whose rows are standardised by fixed numbers of "
+            "their layer."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A checkpoint instead of the result: best, last or its step.")
+    ] = None,
+    no_model: Annotated[
+        bool,
+        typer.Option("--no-model", help="Do not say which language model and revision it was trained on."),
+    ] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also upload it to this repository of the Hugging Face hub, such as you/an-sae.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to: the repository is private.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trained SAE in our own or another project's format, with a model card; its loaders read what comes out."""
+    from trainer.export.formats import export_runs
+
+    written = export_runs(run, out, sae_format, layer=layer, checkpoint=checkpoint, names_model=not no_model)
+    for folder in written:
+        console.print(f"wrote {folder}", highlight=False)
+    commit = None if push_to is None else _push(out, push_to, private=private, quiet=as_json)
+    if as_json:
+        folders = [str(folder) for folder in written]
+        print(json.dumps({"format": sae_format, "folders": folders, "commit": commit}))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What export wrote.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="NAME", help="Repository of the Hugging Face hub, such as you/an-sae.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made: private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a folder that export wrote to the Hugging Face hub. Log in first, with 'hf auth login' or HF_TOKEN."""
+    from trainer.export.formats import check_exported
+
+    check_exported(folder)
+    commit = _push(folder, repo, private=private, quiet=as_json)
+    if as_json:
+        print(json.dumps({"commit": commit}))
+
+
+def _push(folder: Path, repo: str, *, private: bool, quiet: bool) -> str:
+    from trainer.export import hub
+
+    commit = hub.push(folder, repo, private=private, quiet=quiet)
+    console.print(f"uploaded: {commit}", highlight=False)
+    return commit
+
+
+@app.command("import-sae")
+def import_sae(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of files in one of the formats, or a repository of the Hugging Face hub, such as "
+            "tim-lawson/mlsae-pythia-70m-deduped-x64-k32.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the run it becomes.")],
+    sae_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="actcache, saelens, sparsify, dictionary_learning, openai or mlsae. Without it: told from the files.",
+        ),
+    ] = None,
+    subfolder: Annotated[str | None, typer.Option(help="The SAE is in this folder of SOURCE.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a repository.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE", help="A store of its rows: eval needs to know which rows an SAE is for."
+        ),
+    ] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(help="Which capture of the store. Without it: what the files say, else resid_post."),
+    ] = None,
+    target_hook: Annotated[
+        str | None,
+        typer.Option(help="Of a transcoder: the capture it predicts. Without it: what the files say."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help='Layers its rows are of, such as "3" or "0:6". Without it: what the files say, else all of the store.'
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run of an SAE that somebody else trained, to evaluate it, start from it, or export it again."""
+    import tempfile
+
+    from trainer.export import hub
+    from trainer.export.formats import read
+    from trainer.export.run import check_free, write_run
+
+    check_free(out)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(source)
+        if not folder.exists():
+            if not hub.is_repository(source):
+                raise NotFoundError(
+                    f"no {source}; and a repository of the Hugging Face hub is called OWNER/NAME"
+                )
+            folder = Path(temporary) / source.replace("/", "--")
+            revision = hub.download(source, folder, revision=revision, quiet=as_json)
+        found = read(folder / subfolder if subfolder else folder, sae_format)
+    hooks = [name for name in (hook, target_hook) if name is not None] or list(found.hooks) or ["resid_post"]
+    known = dict(found.provenance)
+    if "imported" in known:
+        known["imported"] = {**known["imported"], "from": source, "revision": revision}
+    opened = None if store is None else _open(store)
+    chosen = _layers_of_sae(found, layers, opened, hooks[0])
+    if opened is not None:
+        if opened.width != found.width:
+            raise UsageError(
+                f"{source} reads rows of width {found.width}, {store} holds rows of width {opened.width}"
+            )
+        if known.get("plan") != opened.plan.digest:  # else it says itself which of them it was trained on
+            known |= _rows_of_sae(store or "", opened, found.form, hooks, chosen)
+    write_run(found.make(chosen, known), out)
+    console.print(
+        f"{out}: {found.n_latents:,} latents of width {found.width} in {found.name} format, layers {list(chosen)}",
+        highlight=False,
+    )
+    if as_json:
+        print(
+            json.dumps(
+                {"run": str(out), "format": found.name, "n_latents": found.n_latents, "layers": chosen}
+            )
         )
-    return table
+
+
+def _layers_of_sae(found: Any, layers: str | None, opened: Any, hook: str) -> tuple[int, ...]:
+    from actcache.model import parse_layers
+
+    stored = tuple(opened.layers_of(hook)) if opened is not None else ()
+    if layers is not None:
+        n_layers = opened.plan.request.model.n_layers if opened is not None else 10_000
+        return tuple(parse_layers(layers, n_layers))
+    if not found.layers and not stored:
+        raise UsageError(
+            "these files do not say which layers the SAE is for: give --layers, or a --store of its rows"
+        )
+    return found.layers or stored
+
+
+def _rows_of_sae(
+    location: str, opened: Any, form: str, hooks: list[str], layers: tuple[int, ...]
+) -> dict[str, Any]:
+    """What eval has to know of an SAE's rows, as of one that was trained on them."""
+    from trainer.forms import FORMS
+
+    missing = [layer for layer in layers if layer not in opened.layers_of(hooks[0])]
+    if missing:
+        raise UsageError(
+            f"{location} holds layers {list(opened.layers_of(hooks[0]))} at {hooks[0]}, not {missing}"
+        )
+    request = opened.plan.request
+    return {
+        "store": Path(location).name,
+        "plan": opened.plan.digest,
+        "model": request.model.as_json(),
+        "corpus": request.corpus.name,
+        "selection": {
+            "hook": hooks[0] if FORMS[form].n_hooks == 1 else hooks,
+            "stack": FORMS[form].stack,
+            "layers": list(layers),
+            "outlier_norm_ratio": None,
+            "window_rows": 131_072,
+        },
+        "actcache_version": actcache.__version__,
+    }
 
 
 # live: serve, top
@@ -1776,7 +2426,8 @@ def demo(
     from actcache.producer import samples
     from actcache.producer.corpus import open_corpus
     from actcache.producer.settings import Settings
-    from trainer.config import TrainConfig
+    from analysis.evaluation import Wanted, evaluate_run
+    from analysis.present import evaluation_renderables
 
     started = time.perf_counter()
     _quiet_transformers()
@@ -1803,7 +2454,7 @@ def demo(
     )
     del decoder
     console.print("3/4 train one SAE on all of them", style="bold")
-    config = TrainConfig(expansion=8, k=32, batch_rows=4096, lr=1e-3, epochs=3, warmup_steps=20)
+    config = {"expansion": 8, "k": 32, "batch_rows": 4096, "lr": 1e-3, "epochs": 3, "warmup_steps": 20}
     selection = {
         "hook": None,
         "layers": None,
@@ -1814,10 +2465,12 @@ def demo(
     }
     _train(str(settings.out), out / "run", config, selection, "cpu", resume=True, quiet=False)
     console.print("4/4 evaluate it on held-out documents", style="bold")
-    evaluation = _evaluate(out / "run", str(settings.out), "holdout", "cpu", quiet=False)
-    _draw(evaluation, out / "run", out / "result.png")
-    (out / "result.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
-    Console().print(_evaluation_table(evaluation))
+    with _stages(quiet=False) as reporter:
+        found = evaluate_run(out / "run", actcache.open(settings.out), Wanted(), reporter=reporter)
+    _draw(found, out / "run", out / "result.png")
+    (out / "result.json").write_text(json.dumps(found.as_json(), indent=2) + "\n")
+    for table in evaluation_renderables(found):
+        Console().print(table)
     console.print(
         f"done in {time.perf_counter() - started:.0f} s; look at {out / 'result.png'}", highlight=False
     )

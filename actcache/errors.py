@@ -16,7 +16,8 @@
     |-- DiskFullError         the disk cannot hold what is to be written (also an OSError)
     |-- NonFiniteError        NaN or infinity where numbers are needed   (also an ArithmeticError)
     |-- MemoryBoundError      a memory bound that is too small           (also a MemoryError)
-    `-- UnreachableError      storage or a service that does not answer  (also an OSError)
+    |-- UnreachableError      storage or a service that does not answer  (also an OSError)
+    `-- PeerError             another process of the same run stopped    (also a ConnectionError)
 
 A message says what is wrong with the value in question, where, what was expected, and what to do.
 `kind` is stable and append-only: scripts may match on it.
@@ -125,3 +126,9 @@ class UnreachableError(ActcacheError, OSError):
     """Object storage or a service did not answer in time or kept failing; the message says how often it was asked."""
 
     kind = "unreachable"
+
+
+class PeerError(ActcacheError, ConnectionError):
+    """Another process of the same run stopped, so this one cannot go on."""
+
+    kind = "peer"

@@ -27,11 +27,13 @@ class Batch:
     token     [b] int64, the token id there.
     document  [b] int64, the corpus document it came from.
 
+    slot      [b] int64, place of each row in the whole batch, of which this may be one reader's share.
+
     Where a row holds several layers (stack "feature" or "layers"), `rows` is [b, l * d] or [b, l, d] and `layer` is [l].
     Where several hooks are streamed, `hooks` holds the rows of each by name, aligned; `rows` are those of the first.
     """
 
-    __slots__ = ("_lookup", "_position", "_sequence", "hooks", "layer", "rows")
+    __slots__ = ("_lookup", "_position", "_sequence", "_slot", "hooks", "layer", "rows")
 
     def __init__(
         self,
@@ -41,9 +43,11 @@ class Batch:
         position: Tensor | None = None,
         lookup: Lookup | None = None,
         hooks: dict[str, Tensor] | None = None,
+        slot: Tensor | None = None,
     ) -> None:
         self.rows, self.layer = rows, layer
         self.hooks: dict[str, Tensor] = hooks or {}
+        self._slot = slot
         self._sequence, self._position, self._lookup = sequence, position, lookup
 
     def __len__(self) -> int:
@@ -51,6 +55,15 @@ class Batch:
 
     def __repr__(self) -> str:
         return f"Batch(rows={tuple(self.rows.shape)} {self.rows.dtype} on {self.rows.device})"
+
+    @property
+    def slot(self) -> Tensor:
+        """[b] int64, place of each row in the whole batch: 0, 1, ... where one reader gets all of it."""
+        if self._slot is None:
+            import torch
+
+            self._slot = torch.arange(len(self), device=self.rows.device)
+        return self._slot
 
     @property
     def sequence(self) -> Tensor:

@@ -42,7 +42,7 @@ from actcache.producer.build import default_encode_threads, fill_captures
 from actcache.producer.clock import Clock
 from actcache.producer.forward import Forward, ShardBuffers, make_transfer
 from actcache.producer.staging import Filling
-from actcache.producer.summary import Reporter
+from actcache.producer.summary import BuildReporter
 from actcache.store.encode import EncodedShard, RunEncoder
 from actcache.store.gathered import Gathered
 from actcache.store.objects import LocalObjects
@@ -129,7 +129,7 @@ class Bench:
         """A whole build, without its planning."""
         catalog = self._planned(codec)
         started = time.perf_counter()
-        summary = fill_captures(catalog, ["resid_post"], self.decoder, reporter=Reporter())
+        summary = fill_captures(catalog, ["resid_post"], self.decoder, reporter=BuildReporter())
         spent = time.perf_counter() - started
         self.stages.setdefault(codec, []).append(summary.as_json())
         shutil.rmtree(self.work / f"{codec}.zarr")

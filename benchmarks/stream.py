@@ -3,7 +3,8 @@
     python benchmarks/stream.py --work /tmp/stream --out benchmarks/results/stream.json
 
 Each round takes every method once, in turn; medians over rounds. One reading thread, page cache warm, unless said
-otherwise. A store of made-up bfloat16 rows (0.54 GB decoded, 4 layers, width 512, chunks of 256 rows) per codec.
+otherwise. A store of made-up bfloat16 rows (0.54 GB decoded, 4 layers, width 512, chunks of 256 rows) per codec; `--codec`
+measures one and leaves the others in the result as they are. Other projects' loaders: benchmarks/loaders.py.
 
     memcpy            one thread copying the same number of bytes
     ceiling           read each chunk into one buffer, compare its crc32c, decode to nowhere
@@ -11,8 +12,11 @@ otherwise. A store of made-up bfloat16 rows (0.54 GB decoded, 4 layers, width 51
     stream            ours, batches of 8,192 rows (crc32c compared, shuffled, provenance kept)
     stream cold       ours, after the system was asked to forget the files
     disk              the shard files from front to back, forgotten before, 8 MiB at a time
+    one layer cold    ours, one layer of four, forgotten before
     zarr-python       the same chunks in the same random order, one at a time
+    zarrs             the same, through its codec pipeline (zarr-python asks, zarrs reads and decodes)
     tensorstore       likewise
+    raw file          the same chunks of a file without a format, read and scattered: no checks, no codec
     memmap            a raw file of the same rows, random rows gathered into batches (a true shuffle, unchecked)
 """
 
@@ -25,6 +29,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -34,11 +39,14 @@ import zarr
 from synthetic import make_store
 
 import actcache
+from actcache.reader.bench import device_read_bytes
+from actcache.reader.scatter import compiled
 from actcache.store.codec import CRC_BYTES
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
 
 N_TOKENS, N_LAYERS, WIDTH, ROWS = 131_072, 4, 512, 256
+CODECS = ("none", "zstd", "lz4", "uint8")
 N_BYTES = N_TOKENS * N_LAYERS * WIDTH * 2
 WINDOW = 131_072
 
@@ -57,13 +65,18 @@ class Case:
         self.order = [every[i] for i in rng.permutation(len(every))]
         self.slots = rng.permutation(WINDOW).reshape(-1, ROWS)
         self.window = np.zeros((WINDOW, WIDTH), np.uint16)
-        self.zarr = zarr.open_array(str(path / "acts" / "resid_post" / "rows"), mode="r")
+        rows = str(path / "acts" / "resid_post" / "rows")
+        self.zarr = zarr.open_array(rows, mode="r")
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            self.zarrs = zarr.open_array(rows, mode="r")
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(path / "acts" / "resid_post" / "rows")},
+            "kvstore": {"driver": "file", "path": rows},
         }
         self.tensorstore = tensorstore.open(spec).result()
+        self.raw_path = raw
         self.raw = np.memmap(raw, np.uint16, "r").reshape(-1, WIDTH)
+        self.shares: dict[str, list[float]] = {"asked": [], "from disk": []}
         self.copy = (np.ones(N_BYTES // 8), np.zeros(N_BYTES // 8))
         self.stream = self.store.stream(batch_size=8192, epochs=None, threads=1)
         self.batches = iter(self.stream)
@@ -108,11 +121,15 @@ class Case:
             os.close(fd)
 
     def stream_cold(self) -> int:
+        """A whole epoch of which nothing was read before."""
+        self.stream.set_epoch(self.stream.state_dict()["epoch"] + 1)
+        self.batches = iter(self.stream)
         self.forget()
         return self.stream_warm()
 
-    def disk(self) -> int:
-        self.forget()
+    def disk(self, *, is_cold: bool = True) -> int:
+        if is_cold:
+            self.forget()
         buffer, total = bytearray(8 << 20), 0
         for shard in self.capture.committed():
             fd = os.open(self.path / self.capture.reader(shard).key, os.O_RDONLY)
@@ -121,18 +138,53 @@ class Case:
             os.close(fd)
         return total
 
+    def one_layer_cold(self) -> int:
+        """Also keeps, as shares of all layers' bytes, what was asked for and what came from the disk."""
+        self.forget()
+        before, n_bytes = device_read_bytes(), 0
+        with self.store.stream(batch_size=8192, threads=1, layers=[2]) as stream:
+            for batch in stream:
+                n_bytes += batch.rows.nbytes
+            asked = stream.counters.read_bytes
+        after = device_read_bytes()
+        total = sum(int(self.capture.reader(s).chunks.stored.sum()) for s in self.capture.committed())
+        self.shares["asked"].append(asked / total)
+        if before is not None and after is not None:
+            self.shares["from disk"].append((after - before) / total)
+        return n_bytes
+
     def zarr_python(self) -> int:
-        part = self.order[: len(self.order) // 8]
-        for shard, layer, chunk in part:
+        return self.read_array(self.zarr, len(self.order) // 8)
+
+    def zarrs_pipeline(self) -> int:
+        with zarr.config.set({"threading.max_workers": 1, "codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            return self.read_array(self.zarrs, len(self.order) // 8)
+
+    def read_array(self, array: Any, n_chunks: int) -> int:
+        for i, (shard, layer, chunk) in enumerate(self.order[:n_chunks]):
             start = shard * 32_768 + chunk * ROWS
-            self.window[self.slots[0]] = self.zarr[layer, start : start + ROWS]
-        return len(part) * ROWS * WIDTH * 2
+            self.window[self.slots[i % len(self.slots)]] = array[layer, start : start + ROWS]
+        return n_chunks * ROWS * WIDTH * 2
+
+    def raw_file(self) -> int:
+        buffer, chunk_bytes = bytearray(ROWS * WIDTH * 2), ROWS * WIDTH * 2
+        rows = np.frombuffer(buffer, np.uint16).reshape(ROWS, WIDTH)
+        fd = os.open(self.raw_path, os.O_RDONLY)
+        per_shard = len(self.order) // len(self.offsets)
+        for i, (shard, layer, chunk) in enumerate(self.order):
+            at = shard * per_shard + layer * (per_shard // N_LAYERS) + chunk
+            os.preadv(fd, [buffer], at * chunk_bytes)
+            self.window[self.slots[i % len(self.slots)]] = rows
+        os.close(fd)
+        return N_BYTES
 
     def tensorstore_chunks(self) -> int:
         part = self.order[: len(self.order) // 4]
         for shard, layer, chunk in part:
             start = shard * 32_768 + chunk * ROWS
-            self.window[self.slots[0]] = self.tensorstore[layer, start : start + ROWS].read().result()
+            self.window[self.slots[chunk % len(self.slots)]] = (
+                self.tensorstore[layer, start : start + ROWS].read().result()
+            )
         return len(part) * ROWS * WIDTH * 2
 
     def memmap(self) -> int:
@@ -143,6 +195,59 @@ class Case:
         return total
 
 
+def measure(case: Case, codec: str, rounds: int) -> dict[str, Any]:
+    """Medians of interleaved rounds, their ratios, and every single measurement."""
+    methods: dict[str, Callable[[], int]] = {
+        "memcpy": case.memcpy,
+        "ceiling": case.ceiling,
+        "ceiling+scatter": case.ceiling_scatter,
+        "stream": case.stream_warm,
+        "zarr-python": case.zarr_python,
+        "zarrs": case.zarrs_pipeline,
+        "tensorstore": case.tensorstore_chunks,
+        "raw file": case.raw_file,
+        "memmap": case.memmap,
+        "disk": case.disk,
+        "stream cold": case.stream_cold,
+        "one layer cold": case.one_layer_cold,
+    }
+    if codec == "uint8":  # others read codes
+        methods = {n: m for n, m in methods.items() if n not in ("zarr-python", "zarrs", "tensorstore")}
+        methods = {n: m for n, m in methods.items() if not n.startswith("ceiling")}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    for method in methods.values():  # the first time touches memory
+        method()
+    case.shares = {name: [] for name in case.shares}
+    for _ in range(rounds):
+        case.disk(is_cold=False)
+        for name, method in methods.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            n_bytes = method()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            found[name].append((n_bytes / wall / 1e9, n_bytes / max(cpu, 1e-9) / 1e9))
+    median = {
+        n: tuple(statistics.median(v[i] for v in values) for i in (0, 1)) for n, values in found.items()
+    }
+
+    def cpu_ratio(over: str) -> float | None:
+        """Of the rounds' own ratios: what slows a whole round down does not count."""
+        if over not in found:
+            return None
+        return statistics.median(a[1] / b[1] for a, b in zip(found["stream"], found[over], strict=True))
+
+    of_disk = [a[0] / b[0] for a, b in zip(found["stream cold"], found["disk"], strict=True)]
+    return {
+        "load_average": os.getloadavg(),
+        "gb_per_s": {name: {"wall": wall, "cpu": cpu} for name, (wall, cpu) in median.items()},
+        "cpu_s_per_gb": {name: 1 / cpu for name, (_wall, cpu) in median.items()},
+        "rows_per_s": {name: wall * 1e9 / (WIDTH * 2) for name, (wall, _cpu) in median.items()},
+        "stream_over": {name: cpu_ratio(name) for name in found if name != "stream"},
+        "cold_stream_of_disk_wall": statistics.median(of_disk),
+        "one_layer_of_bytes": {n: statistics.median(v) for n, v in case.shares.items() if v},
+        "raw": found,
+    }
+
+
 def main() -> None:
     """Measure and print; write one JSON file with every single measurement."""
     parser = argparse.ArgumentParser(
@@ -151,67 +256,38 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--codec", action="append", choices=CODECS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     raw = arguments.work / "raw.bin"
     if not raw.exists() or raw.stat().st_size != N_BYTES:
         np.random.default_rng(0).integers(0, 65_536, N_BYTES // 2, dtype=np.uint16).tofile(raw)
-    report = {
-        "what": "GB of decoded rows per second (wall) and per CPU second (cpu), warm, one reading thread",
-        "load_average": os.getloadavg(),
+    report: dict[str, Any] = {
+        "what": "GB of decoded rows per second (wall) and per CPU second (cpu), warm, one reading thread; ratios of CPU",
         "cpus": os.cpu_count(),
         "processor": _processor(),
+        "scatter": "numpy" if compiled() is None else "compiled",
         "versions": {
-            name: version(name) for name in ("numpy", "torch", "zarr", "numcodecs", "tensorstore", "crc32c")
+            name: version(name)
+            for name in ("numpy", "torch", "zarr", "zarrs", "numcodecs", "tensorstore", "crc32c")
         },
         "python": platform.python_version(),
         "codecs": {},
     }
-    for codec in ("none", "zstd", "lz4"):
+    if arguments.out and arguments.out.exists():
+        report["codecs"] = json.loads(arguments.out.read_text()).get("codecs", {})
+    for codec in arguments.codec or CODECS:
         path = make_store(
             arguments.work / f"{codec}.zarr", n_tokens=N_TOKENS, n_layers=N_LAYERS, width=WIDTH, codec=codec
         )
         case = Case(path, raw)
-        methods: dict[str, Callable[[], int]] = {
-            "memcpy": case.memcpy,
-            "ceiling": case.ceiling,
-            "ceiling+scatter": case.ceiling_scatter,
-            "stream": case.stream_warm,
-            "zarr-python": case.zarr_python,
-            "tensorstore": case.tensorstore_chunks,
-            "memmap": case.memmap,
-            "disk": case.disk,
-            "stream cold": case.stream_cold,
-        }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-        for _ in range(arguments.rounds):
-            for name, method in methods.items():
-                cpu, wall = time.process_time(), time.perf_counter()
-                n_bytes = method()
-                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-                found[name].append((n_bytes / wall / 1e9, n_bytes / max(cpu, 1e-9) / 1e9))
+        found = measure(case, codec, arguments.rounds)
         case.stream.close()
-        median = {
-            name: [statistics.median(v[i] for v in values) for i in (0, 1)] for name, values in found.items()
-        }
-        report["codecs"][codec] = {
-            "median_gb_per_s": {name: {"wall": wall, "cpu": cpu} for name, (wall, cpu) in median.items()},
-            "stream_of_memcpy_cpu": median["stream"][1] / median["memcpy"][1],
-            "bare_loop_of_memcpy_cpu": median["ceiling+scatter"][1] / median["memcpy"][1],
-            "stream_of_bare_loop_cpu": median["stream"][1] / median["ceiling+scatter"][1],
-            "stream_of_ceiling_cpu": median["stream"][1] / median["ceiling"][1],
-            "stream_over_zarr_python_cpu": median["stream"][1] / median["zarr-python"][1],
-            "stream_over_tensorstore_cpu": median["stream"][1] / median["tensorstore"][1],
-            "raw": found,
-        }
-        print(
-            codec,
-            json.dumps({k: v for k, v in report["codecs"][codec].items() if k != "raw"}, indent=1),
-            flush=True,
-        )
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        report["codecs"][codec] = found
+        print(codec, json.dumps({k: v for k, v in found.items() if k != "raw"}, indent=1), flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _processor() -> str:

@@ -5,12 +5,15 @@ every number in plain arrays, for tests to compare with. Axes: l layers, q seque
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which transformers does
 
 import ml_dtypes
 import numpy as np

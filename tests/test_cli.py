@@ -159,7 +159,7 @@ def test_train_then_eval(store, call, tmp_path):
     assert set(scores["layers"]) == {"0", "2", "3"}
     assert 0 < scores["mean"]["fvu"] < scores["mean"]["fvu_k0"]
     assert picture.exists()
-    assert "FVU at k=0" in call("eval", tmp_path / "run", store, "--device", "cpu").out
+    assert "k=0" in call("eval", tmp_path / "run", store, "--device", "cpu").out
 
 
 def test_an_unfinished_store_is_trained_on_as_it_was(store, call, tmp_path):

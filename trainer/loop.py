@@ -1,306 +1,283 @@
-"""Rows in, a trained SAE out: the arrow from a source of batches to a run folder."""
+"""Rows in, trained SAEs out: the arrow from a source of batches to run folders."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from actcache.errors import UsageError
+from actcache.errors import ActcacheError, NonFiniteError, UsageError
 from actcache.flow import Batch, BatchSource
-from trainer.checkpoint import RunFolder, check_same
+from trainer import heldout
+from trainer.begin import check_shared, common_step, fit, prepare, start_or_restore
 from trainer.config import TrainConfig
-from trainer.metrics import MetricsFile
-from trainer.state import TrainState, count_steps
+from trainer.forms import FORMS, Arrived, take_rows
+from trainer.kernels import Kernels, sparse
+from trainer.lens import LENS, Lens, LensSource, save_lens
+from trainer.member import Member
+from trainer.provenance import layer_index
+from trainer.ranks import ALONE, Ranks
+from trainer.reports import MakeTracker, Outcome, RunSummary, StepReport
+from trainer.run_folder import RunFolder
+from trainer.trained import TrainedSAE
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """One optimiser step, for whoever watches.
-
-    step       its number, from 1.
-    rows       rows trained on so far; rows_total of them in all, if that is known.
-    loss       reconstruction loss of its batch.
-    aux_loss   auxiliary loss of its batch.
-    train_fvu  per layer, as in `trainer.metrics`, of its batch; layers without rows are left out.
-    grad_norm  norm of the gradient before clipping.
-    n_dead     dead latents after it.
-    step_s     seconds it took, waiting for its batch included.
-    waited_s   seconds the source says it made this process wait so far.
-    """
-
-    step: int
-    rows: int
-    rows_total: int | None
-    loss: float
-    aux_loss: float
-    train_fvu: dict[int, float]
-    grad_norm: float
-    n_dead: int
-    step_s: float
-    waited_s: float
+def train(source: BatchSource, config: TrainConfig, out: Path, **more: Any) -> RunSummary:
+    """Train one SAE on the rows of `source` and leave everything in `out`. See `train_many` for the rest."""
+    return train_many(source, {"": config}, out, **more)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSummary:
-    """How a call of `train` ended.
-
-    outcome   `finished`; `stopped`: asked to, a checkpoint is there to resume from; `already finished`: nothing was done.
-    step      optimiser steps of the whole run so far.
-    rows      rows of the whole run so far.
-    elapsed_s seconds of this call.
-    waited_s  seconds of this call spent waiting for data.
-    """
-
-    outcome: Literal["finished", "stopped", "already finished"]
-    step: int
-    rows: int
-    elapsed_s: float
-    waited_s: float
-
-
-def train(
+def train_many(
     source: BatchSource,
-    config: TrainConfig,
+    configs: Mapping[str, TrainConfig],
     out: Path,
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
     provenance: dict[str, Any] | None = None,
+    held_out: BatchSource | None = None,
+    init: TrainedSAE | None = None,
+    lens: Lens | None = None,
+    trackers: Sequence[MakeTracker] = (),
+    kernels: Kernels = sparse,
+    ranks: Ranks = ALONE,
     on_step: Callable[[StepReport], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> RunSummary:
-    """Train a top-k SAE on the rows of `source` and leave everything in `out`.
+    """Train SAEs on the same batches of `source`, read once, each as if it were alone, each in a run folder of its own.
 
-    The run ends after exactly `config.rows` rows (the last batch is cut), or, by epochs, when the source is exhausted. An
-    interrupted and resumed run equals an uninterrupted one bit for bit on CPU with the same number of threads.
+    The run ends after exactly `rows` rows (the last batch is cut), or, by epochs, when the source is exhausted. An
+    interrupted and resumed run equals an uninterrupted one bit for bit on CPU with the same number of threads and
+    processes. An SAE whose loss is no longer finite is given up, with its last checkpoint, and the others go on.
 
     Args:
         source: made for as many epochs as the run needs. If it has a length, that is the number of batches in its whole
-            order, wherever its cursor stands. The caller closes it.
-        config: need not be resolved.
-        out: the run's folder, see `trainer.checkpoint`.
-        device: where the SAE lives; batches are moved there.
-        resume: go on with the run in `out`; without one, begin it.
-        provenance: JSON that is kept with the SAE.
-        on_step: called after every step.
-        stop: asked before every step; when true, a checkpoint is saved and the call returns.
+            order, wherever its cursor stands. Over several ranks, this one's share of it. The caller closes it.
+        configs: by name; need not be resolved. A configuration with some of the source's layers trains on their rows only.
+        out: the SAE called NAME goes to out/NAME, one called "" to `out` itself; see `trainer.run_folder`.
+        device: where the SAEs live; batches are moved there.
+        resume: go on with what is in `out`; where there is nothing, begin.
+        provenance: JSON that is kept with each SAE.
+        held_out: rows to evaluate on, where `eval_every_steps` is set; read from its cursor on, every time.
+        init: weights to start from, instead of those of the seed.
+        lens: what rows of both sources are seen through; it is kept with each SAE.
+        trackers: dashboards.
+        kernels: what computes products and sums.
+        ranks: the processes of this run. All call this with the same arguments, apart from their share of the sources.
+        on_step: called after every step of every SAE.
+        stop: asked before every step; when true in any process, checkpoints are saved and the call returns in all.
 
     Raises:
-        UsageError: `out` is taken, or source and config do not fit each other.
-        PlanMismatchError: the run in `out` has another configuration or other rows; names what differs.
-        NonFiniteError: a loss or gradient is not finite; the last checkpoint stays.
+        UsageError: `out` is taken, or source and configurations do not fit each other.
+        PlanMismatchError: a run in `out` has another configuration or other rows; names what differs.
+        NonFiniteError: no SAE is left whose loss is finite; the last checkpoints stay.
         DamageError: a checkpoint is not what was written.
+        PeerError: another process of this run stopped.
     """
-    started = perf_counter()
-    config = _fit(config, source)
-    folder = RunFolder(out)
-    folder.prepare(config, resume=resume)
-    result = folder.finished()
-    if result is not None:
-        check_same({"source": (result["source"], source.fingerprint)}, str(out))
-        return RunSummary(
-            outcome="already finished",
-            step=result["step"],
-            rows=result["rows"],
-            elapsed_s=perf_counter() - started,
-            waited_s=0.0,
-        )
-    state = _start_or_restore(folder, source, config, torch.device(device))
-    run = _Run(source, state, folder, provenance or {}, on_step)
-    try:
-        outcome = run.go(stop or (lambda: False))
-    finally:
-        run.metrics.close()
+    started, waited_before = perf_counter(), source.waited_s()
+    if lens is not None:
+        source = LensSource(source, lens, device)
+        held_out = None if held_out is None else LensSource(held_out, lens, device)
+        provenance = {**(provenance or {}), "lens": {"digest": lens.digest, "about": lens.about}}
+    resolved = {name: fit(config, source, init) for name, config in configs.items()}
+    check_shared(resolved)
+    first = next(iter(resolved.values()))
+    if first.eval_every_steps is not None and held_out is None:
+        raise UsageError(f"eval_every_steps={first.eval_every_steps} needs rows to evaluate on: held_out=")
+    folders = {name: RunFolder(out / name) for name in resolved}
+    with ExitStack() as stack:
+        found = ranks.on_first(lambda: prepare(folders, resolved, source, stack, resume=resume))
+        if lens is not None and ranks.is_first:
+            for folder in folders.values():
+                if not (
+                    folder.root / LENS
+                ).exists():  # another one there: the rows are others, and refused below
+                    save_lens(lens, folder.root / LENS)
+        done = found["done"]
+        if len(done) == len(folders):
+            result = next(iter(done.values()))
+            return RunSummary(
+                outcome="already finished",
+                step=result["step"],
+                rows=result["rows"],
+                elapsed_s=perf_counter() - started,
+                waited_s=0.0,
+            )
+        left = {name: config for name, config in resolved.items() if name not in done}
+        if left.keys() - found["failed"].keys():  # those given up stay so, unless there is nothing else to do
+            left = {name: config for name, config in left.items() if name not in found["failed"]}
+        going = {name: folders[name] for name in left}
+        step = ranks.on_first(lambda: common_step(going, found["new"]))
+        states = start_or_restore(step, going, source, left, torch.device(device), init, kernels, ranks)
+        members = []
+        for name, state in states.items():
+            member = Member(name, folders[name], state, source, provenance or {}, ranks)
+            stack.callback(member.close)
+            member.open(trackers)
+            members.append(member)
+        run = _Run(source, members, held_out, ranks, on_step, stop or (lambda: False))
+        outcome = run.go()
     return RunSummary(
         outcome=outcome,
-        step=state.step,
-        rows=state.rows,
+        step=run.step,
+        rows=run.rows,
         elapsed_s=perf_counter() - started,
-        waited_s=source.waited_s() - run.waited_before,
+        waited_s=source.waited_s() - waited_before,
+        failed={name: text for name, text in found["failed"].items() if name not in left}
+        | {member.name: str(member.error) for member in members if member.error is not None},
     )
 
 
 class _Run:
-    """The loop with what it writes to; lives as long as one call of `train`."""
+    """The loop; lives as long as one call of `train_many`.
+
+    step  steps done, by all members alike.
+    rows  rows of the source handed out, over all ranks.
+    """
 
     def __init__(
         self,
         source: BatchSource,
-        state: TrainState,
-        folder: RunFolder,
-        provenance: dict[str, Any],
+        members: list[Member],
+        held_out: BatchSource | None,
+        ranks: Ranks,
         on_step: Callable[[StepReport], None] | None,
+        stop: Callable[[], bool],
     ) -> None:
-        self.source = source
-        self.state = state
-        self.folder = folder
-        self.provenance = provenance
-        self.on_step = on_step
-        self.metrics = MetricsFile(folder.metrics, keep_to_step=state.logged_step)
-        self.waited_before = source.waited_s()
-        self._saved_step = max(folder.steps(), default=None)
-        self._line_rows = state.rows
-        self._line_at = perf_counter()
-        self._line_waited = self.waited_before
+        self._source, self._members, self._held_out = source, members, held_out
+        self._ranks, self._on_step, self._stop = ranks, on_step, stop
+        self._config = members[0].config
+        self._layers = tuple(source.layers)
+        self._evaluated_step: int | None = None
+        self.step, self.rows = members[0].state.step, members[0].state.rows
 
-    def go(self, stop: Callable[[], bool]) -> Literal["finished", "stopped"]:
-        config, state = self.state.config, self.state
-        batches = iter(self.source)
-        while config.rows is None or state.rows < config.rows:
-            if stop():
+    @property
+    def _live(self) -> list[Member]:
+        return [member for member in self._members if member.error is None]
+
+    def go(self) -> Outcome:
+        """Until the end, or until asked to stop."""
+        config = self._config
+        if self.step == 0:
+            self._evaluate()  # also finds out now what would stop the first evaluation later
+        batches = iter(self._source)
+        while config.rows is None or self.rows < config.rows:
+            if self._ranks.any(self._stop()):
                 self._save()
                 return "stopped"
             began = perf_counter()
-            batch = self._next(batches)
-            if batch is None:
+            arrived = self._next(batches)
+            if arrived is None:
                 break
-            self._step(batch, began)
-            if state.step % config.log_every_steps == 0:
-                self._write_line()
-            if state.step % config.checkpoint_every_steps == 0:
+            self._learn(arrived, began)
+            if self.step % config.log_every_steps == 0:
+                for member in self._live:
+                    member.write_line()
+            if config.eval_every_steps is not None and self.step % config.eval_every_steps == 0:
+                self._evaluate()
+            if self.step % config.checkpoint_every_steps == 0:
                 self._save()
-        self._finish()
+        self._evaluate()
+        for member in self._live:
+            member.finish()
         return "finished"
 
-    def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch, cut where the run ends; None when it is exhausted by epochs."""
-        config, state = self.state.config, self.state
-        batch = next(batches, None)
-        if batch is None:
-            if config.rows is not None:
-                self._save()
-                raise UsageError(
-                    f"the source ended after {state.rows} rows, the run is of {config.rows}; a checkpoint is saved. "
-                    "Give the source more epochs, or train on fewer rows in another folder"
-                )
-            return None
-        if len(batch) > config.batch_rows:
+    def _next(self, batches: Iterator[Batch]) -> Arrived | None:
+        """The next batch, cut where the run ends; None when the source is exhausted by epochs."""
+        batch, error, counts = None, None, [0] * (2 + len(self._layers))
+        try:
+            batch = next(batches, None)
+            if batch is not None:
+                batch = self._cut(batch)
+                counts = [1, len(batch), *self._count(batch)]
+        except ActcacheError as caught:
+            error = caught
+        self._ranks.agree(error)
+        table = self._ranks.table(counts)
+        is_there, n_rows, *by_layer = table.sum(0).tolist()
+        if is_there not in (0, self._ranks.size):
             raise UsageError(
-                f"the source handed out {len(batch)} rows, batch_rows is {config.batch_rows}; make both the same"
+                f"after {self.rows} rows the sources of some processes have ended and of others not: they must be shares of "
+                "one order"
             )
-        if config.rows is not None and len(batch) > config.rows - state.rows:
-            return _first_rows(batch, config.rows - state.rows)
-        return batch
+        if batch is None:
+            self._check_ended()
+            return None
+        if n_rows > self._config.batch_rows:
+            raise UsageError(
+                f"the source handed out {n_rows} rows, batch_rows is {self._config.batch_rows}; make both the same"
+            )
+        return Arrived(batch, n_rows, dict(zip(self._layers, by_layer, strict=True)))
 
-    def _step(self, batch: Batch, began: float) -> None:
-        state, saved = self.state, self._saved_step
-        left = (
-            "No checkpoint had been saved yet" if saved is None else f"The checkpoint of step {saved} is kept"
-        )
-        sums, norm = state.advance(batch, left)
-        if self.on_step is not None:
-            self.on_step(
-                StepReport(
-                    step=state.step,
-                    rows=state.rows,
-                    rows_total=state.config.rows,
-                    loss=sums.loss,
-                    aux_loss=sums.aux_loss,
-                    train_fvu={
-                        layer: residual / total
-                        for layer, residual, total in zip(
-                            state.layers, sums.residual.tolist(), sums.total.tolist(), strict=True
-                        )
-                        if total > 0
-                    },
-                    grad_norm=norm,
-                    n_dead=len(state.dead.dead()),
-                    step_s=perf_counter() - began,
-                    waited_s=self.source.waited_s(),
-                )
+    def _cut(self, batch: Batch) -> Batch:
+        """The rows of a batch before the run's end: by their place in the whole batch, so that ranks cut alike."""
+        if self._config.rows is None:
+            return batch
+        n_left = self._config.rows - self.rows
+        is_before = batch.slot < n_left
+        if bool(is_before.all()):
+            return batch
+        return take_rows(batch, is_before.nonzero().squeeze(1), FORMS[self._config.form])
+
+    def _count(self, batch: Batch) -> list[int]:
+        if FORMS[self._config.form].is_joint:
+            return [len(batch)] * len(self._layers)
+        index = layer_index(batch.layer, self._layers)
+        return torch.bincount(index, minlength=len(self._layers)).tolist()
+
+    def _check_ended(self) -> None:
+        if self._config.rows is not None:
+            self._save()
+            raise UsageError(
+                f"the source ended after {self.rows} rows, the run is of {self._config.rows}; a checkpoint is saved. "
+                "Give the source more epochs, or train on fewer rows in another folder"
             )
 
-    def _write_line(self) -> None:
-        """One line over the steps since the last; seconds are those of this process."""
-        state, now, waited = self.state, perf_counter(), self.source.waited_s()
-        elapsed = now - self._line_at
-        self.metrics.append(
-            {
-                "step": state.step,
-                "rows": state.rows,
-                **state.close_interval(),
-                "dead_frac": len(state.dead.dead()) / state.model.n_latents,
-                "rows_per_s": (state.rows - self._line_rows) / elapsed,
-                "waited_s": waited - self._line_waited,
-                "waited_frac": (waited - self._line_waited) / elapsed,
-            }
+    def _learn(self, arrived: Arrived, began: float) -> None:
+        """One step of every SAE; one that fails is given up, unless it was the last."""
+        for member in self._live:
+            try:
+                report = member.learn(arrived, began)
+            except NonFiniteError as error:
+                member.error = error
+                if not self._live:
+                    raise
+                member.give_up()
+                logger.warning("%s is given up, the others go on: %s", member.name, error)
+                continue
+            if report is not None and self._on_step is not None:
+                self._on_step(report)
+        self.step += 1
+        self.rows += arrived.n_rows
+
+    def _evaluate(self) -> None:
+        """Score every SAE on held-out rows, unless this step's were; the best so far is kept as a checkpoint."""
+        config = self._config
+        if config.eval_every_steps is None or self._held_out is None or self._evaluated_step == self.step:
+            return
+        begin = self._held_out.state_dict()
+        members = {member.name: member for member in self._live}
+        found = heldout.evaluate(
+            {name: member.state.trained(self._source, {}) for name, member in members.items()},
+            self._held_out,
+            ranks=self._ranks,
+            n_rows=config.eval_rows,
         )
-        self._line_rows, self._line_at, self._line_waited = state.rows, now, waited
+        self._held_out.load_state_dict(begin)
+        for name, member in members.items():
+            if member.write_evaluation(found[name]) and self.step:
+                member.save(best_fvu=found[name].mean.fvu)
+        self._evaluated_step = self.step
 
     def _save(self) -> None:
-        if self.state.step != self._saved_step:
-            self.metrics.sync()
-            self.folder.save(self.state.snapshot(self.source))
-            self._saved_step = self.state.step
-
-    def _finish(self) -> None:
-        state = self.state
-        if state.interval.steps:
-            self._write_line()
-        self._save()
-        self.metrics.sync()
-        var_layer = dict(zip(map(str, state.layers), state.window.var_layer.tolist(), strict=True))
-        self.folder.finish(
-            state.model,
-            {
-                "step": state.step,
-                "rows": state.rows,
-                "layers": state.layers,
-                "var_layer": var_layer,
-                "config": json.loads(state.config.model_dump_json()),
-                "source": self.source.fingerprint,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "provenance": self.provenance,
-            },
-        )
-
-
-def _fit(config: TrainConfig, source: BatchSource) -> TrainConfig:
-    """The resolved configuration, with the source's layers filled in."""
-    if config.layers is not None and config.layers != tuple(source.layers):
-        raise UsageError(
-            f"config.layers is {config.layers}, the source hands out layers {source.layers}; make the source with the layers"
-        )
-    try:
-        resolved = config.resolve(source.width)
-    except ValueError as error:
-        raise UsageError(f"this configuration does not fit rows of width {source.width}: {error}") from error
-    return resolved.model_copy(update={"layers": tuple(source.layers)})
-
-
-def _start_or_restore(
-    folder: RunFolder, source: BatchSource, config: TrainConfig, device: torch.device
-) -> TrainState:
-    steps = folder.steps()
-    if not steps:
-        return TrainState.start(source, config, device)
-    snapshot = folder.load(steps[-1], device)
-    state = snapshot.state
-    check_same(
-        {
-            "source": (state["source"], source.fingerprint),
-            "length of the source in batches": (state["total_steps"], count_steps(source, config)),
-        },
-        str(folder.root),
-    )
-    if state["threads"] != torch.get_num_threads():
-        logger.warning(
-            "resuming with %d threads a run that had %d: the result is the same within rounding, no longer bit for bit",
-            torch.get_num_threads(),
-            state["threads"],
-        )
-    return TrainState.restore(source, config, snapshot)
-
-
-def _first_rows(batch: Batch, n_rows: int) -> Batch:
-    return Batch(batch.rows[:n_rows], batch.layer[:n_rows], lookup=lambda name: getattr(batch, name)[:n_rows])
+        for member in self._live:
+            member.save()
+        for member in self._live:  # all are saved, so every step that one still has is one that all have
+            member.prune()

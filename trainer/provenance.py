@@ -30,7 +30,9 @@ def layer_index(layer: Tensor, layers: tuple[int, ...]) -> Tensor:
 
 def describe_non_finite(batch: Batch) -> str:
     """Says which rows of `batch` hold NaN or infinity, by layer, sequence and position."""
-    bad = (~torch.isfinite(batch.rows).all(dim=1)).nonzero().squeeze(1).cpu()
+    tensors = list(batch.hooks.values()) or [batch.rows]
+    is_bad = torch.stack([~torch.isfinite(x).flatten(1).all(dim=1) for x in tensors]).any(0)
+    bad = is_bad.nonzero().squeeze(1).cpu()
     if not len(bad):
         return (
             f"its {len(batch)} rows are finite (layers {sorted(set(batch.layer.tolist()))}{_sequences(batch)}), "
@@ -45,7 +47,9 @@ def describe_non_finite(batch: Batch) -> str:
 
 
 def _place(batch: Batch, i: int) -> str:
-    where = f"row {i} of layer {int(batch.layer[i])}"
+    where = f"row {i}"
+    if len(batch.layer) == len(batch) and batch.rows.ndim == 2:
+        where += f" of layer {int(batch.layer[i])}"
     try:
         return f"{where}, sequence {int(batch.sequence[i])}, position {int(batch.position[i])}"
     except LookupError:  # tensors in memory have no sequences

@@ -13,7 +13,7 @@ from actcache.model import Decoder, check_isolation
 from actcache.producer.build import fill_captures
 from actcache.producer.plan import forecast
 from actcache.producer.settings import list_differences
-from actcache.producer.summary import BuildSummary, Reporter
+from actcache.producer.summary import BuildReporter, BuildSummary
 from actcache.store.arrays import disk_dtype
 from actcache.store.create import CaptureRequest, add_capture, as_requested, capture_name
 from actcache.store.disk import Disk
@@ -45,7 +45,7 @@ def add_to_store(
     *,
     encode_threads: int | None = None,
     allow_non_finite: bool = False,
-    reporter: Reporter | None = None,
+    reporter: BuildReporter | None = None,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
     """Add captures to a store and fill them, or go on filling them; what is there already is left as it is.
@@ -64,7 +64,7 @@ def add_to_store(
             plan's, or a capture that is there in another form.
         UsageError: a hook or layer the model does not have, or too little memory. DiskFullError: it does not fit.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or BuildReporter()
     catalog = Catalog(LocalObjects(out))
     check_model(catalog, decoder)
     asked = [_find_capture(catalog, hook, addition, decoder) for hook in addition.hooks]

@@ -18,7 +18,7 @@ from actcache.producer.pipeline import Pipeline
 from actcache.producer.plan import write_plan
 from actcache.producer.presence import MakeAdmission, Presence, Rate
 from actcache.producer.settings import Settings, capture_requests, check_same, make_request
-from actcache.producer.summary import BuildSummary, Reporter
+from actcache.producer.summary import BuildReporter, BuildSummary
 from actcache.producer.workers import Rank, Work, wait_for_plan
 from actcache.store.arrays import disk_dtype
 from actcache.store.claims import Claims
@@ -60,7 +60,7 @@ def build(
     rank: Rank | None = None,
     takeover_s: float | None = None,
     admission: MakeAdmission | None = None,
-    reporter: Reporter | None = None,
+    reporter: BuildReporter | None = None,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
     """Build a store, or continue one; a finished one is left as it is.
@@ -85,7 +85,7 @@ def build(
         PlanMismatchError: there is a store of other arguments. CorpusError: the text cannot be read or is too short.
         DiskFullError: it does not fit. NonFiniteError: the model gave NaN or infinity.
     """
-    started, reporter, rank = time.perf_counter(), reporter or Reporter(), rank or Rank()
+    started, reporter, rank = time.perf_counter(), reporter or BuildReporter(), rank or Rank()
     catalog, names = ensure_planned(
         settings,
         decoder,
@@ -121,14 +121,14 @@ def ensure_planned(
     corpus_name: str,
     device: str | None = None,
     rank: Rank | None = None,
-    reporter: Reporter | None = None,
+    reporter: BuildReporter | None = None,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> tuple[Catalog, list[str]]:
     """The store, planned by this call or before, and the names of the captures asked for. Arguments as those of `build`.
 
     device  the class of the workers' devices; None: that of the decoder.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or BuildReporter()
     request = make_request(settings, decoder, tokenizer, corpus, corpus_name)
     if device is not None:
         request = request.model_copy(update={"device": device})
@@ -149,7 +149,7 @@ def _plan(
     captures: list[CaptureRequest],
     tokenizer: Any,
     corpus: Corpus,
-    reporter: Reporter,
+    reporter: BuildReporter,
     on_operation: Callable[[str, str], None] | None,
 ) -> None:
     """Plan the store unless it is planned; of several that do so at once one is first, and the others take its plan."""
@@ -191,7 +191,7 @@ def fill_captures(
     rank: Rank | None = None,
     takeover_s: float | None = None,
     admission: MakeAdmission | None = None,
-    reporter: Reporter,
+    reporter: BuildReporter,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
     """Commit every shard that some of these captures lack. The decoder is cut after their last layer."""
@@ -250,7 +250,7 @@ def _fill(
     decoder: Decoder,
     encode_threads: int,
     summary: BuildSummary,
-    reporter: Reporter,
+    reporter: BuildReporter,
     clock: Clock,
     *,
     allow_non_finite: bool,

@@ -14,7 +14,7 @@ from typing import Any
 
 from actcache.errors import ActcacheError, PlanMismatchError, UsageError
 from actcache.producer.presence import MakeAdmission
-from actcache.producer.summary import BuildSummary, Reporter
+from actcache.producer.summary import BuildReporter, BuildSummary
 from actcache.producer.workers import Rank
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
@@ -91,12 +91,12 @@ class Extractor:
             rank=Rank(rank, world_size),
             takeover_s=pool.takeover_s,
             admission=pool.admission,
-            reporter=Reporter(),
+            reporter=BuildReporter(),
         )
 
 
 def fill_on_ray(
-    pool: RayPool, reporter: Reporter, on_workers: Callable[[list[int]], None] = lambda _pids: None
+    pool: RayPool, reporter: BuildReporter, on_workers: Callable[[list[int]], None] = lambda _pids: None
 ) -> BuildSummary:
     """Fill a planned store on Ray; returns what all actors did that lived to tell.
 
@@ -128,7 +128,7 @@ def fill_on_ray(
 
 
 def _fill(
-    ray: Any, pool: RayPool, reporter: Reporter, on_workers: Callable[[list[int]], None]
+    ray: Any, pool: RayPool, reporter: BuildReporter, on_workers: Callable[[list[int]], None]
 ) -> list[BuildSummary]:
     actor = ray.remote(Extractor).options(
         num_cpus=pool.n_cpus, num_gpus=pool.n_gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS
@@ -157,7 +157,7 @@ def _fill(
     return done
 
 
-def _report(catalog: Catalog, pool: RayPool, reporter: Reporter) -> None:
+def _report(catalog: Catalog, pool: RayPool, reporter: BuildReporter) -> None:
     grid = catalog.grid
     committed = set.intersection(*(set(catalog.captures[name].committed()) for name in pool.captures))
     n_done = sum(len(grid.sequences_of(shard)) for shard in committed)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Reporter:
+class BuildReporter:
     """What a build tells its caller while it runs. Every callback may be left out."""
 
     on_tokens: Callable[[int], None] = lambda _n: None

@@ -1,7 +1,7 @@
 """The store as a reader sees it: `actcache.open(path)`."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actcache.errors import UncommittedError, UsageError
-from actcache.reader.filters import RowRules, limits_from_ratio, resolve_positions
+from actcache.reader.filters import RowFilter, RowRules, limits_from_ratio, resolve_positions
 from actcache.reader.follow import Follower, check_can_follow
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, OrderName, Selection, Stack, parse_shards, shards_text
+from actcache.reader.shard_rows import ShardRows, iter_shard_rows
 from actcache.reader.stream import Connect, Stream
 from actcache.store.dtypes import disk_dtype
 from actcache.store.merged import LayerStatistics, layer_statistics, quantisation_errors
@@ -383,6 +384,59 @@ class Store:
         from actcache.reader.consumer import Consumer
 
         return Consumer(name, stream, self._catalog.objects, checkpoint_rows)
+
+    def iter_shards(
+        self,
+        split: Split = "holdout",
+        *,
+        hook: str | Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+        outlier_norm_ratio: float | None = None,
+        norm_limits: Mapping[int, float] | None = None,
+        positions: Sequence[int] | slice | None = None,
+        exclude_tokens: Sequence[int] | None = None,
+        n_tokens: int | None = None,
+    ) -> Iterator[ShardRows]:
+        """Kept tokens in the order of the text, one shard at a time, all layers aligned: for evaluations.
+
+        Filters are those of `stream`, and say which rows pass; none is left out. The first hook decides norm limits.
+        Memory: one layer of one shard for each call of `ShardRows.rows`.
+
+        Args:
+            split: "train" or "holdout".
+            hook: a capture, or several, aligned row for row.
+            layers: the model's layer numbers; None: all that are stored.
+            outlier_norm_ratio: rows whose norm exceeds this many times their layer's median do not pass.
+            norm_limits: or rows whose norm exceeds a number, given per layer.
+            positions: only these positions of a sequence pass.
+            exclude_tokens: these token ids do not pass.
+            n_tokens: stop after the sequence that completes so many kept tokens; None: the whole split.
+
+        Raises:
+            UncommittedError: the split is not finished.
+            UsageError: an argument cannot be used.
+        """
+        names = (hook,) if hook is None or isinstance(hook, str) else tuple(hook)
+        captures = [self._capture(name) for name in names]
+        selected = tuple(sorted(layers)) if layers is not None else captures[0].capture.layers
+        self._check_captures(captures, selected)
+        shards = self._shards_to_stream(captures, split, partial=False, world_size=1)
+        if not shards:
+            raise UsageError(
+                f"the {split} split of {self.url} holds no shards; build it with a larger --holdout"
+            )
+        rules = RowRules(
+            norm_limits=self._norm_limits(captures[0], shards, selected, outlier_norm_ratio, norm_limits),
+            positions=resolve_positions(positions, self.plan.grid.seq_len),
+            exclude_tokens=None if exclude_tokens is None else tuple(sorted(set(exclude_tokens))),
+        )
+        lanes = [np.array([captures[0].layer_index(layer)]) for layer in selected]
+        row_filter = RowFilter(
+            captures[0], self._provenance.plan_object, self._catalog.shards.kept, rules, lanes
+        )
+        return iter_shard_rows(
+            self._catalog, self._provenance, captures, selected, shards, row_filter, n_tokens
+        )
 
     def _check_captures(self, captures: list[CaptureCatalog], layers: tuple[int, ...]) -> None:
         """UsageError where captures or layers cannot be streamed together."""

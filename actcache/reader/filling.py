@@ -30,10 +30,12 @@ from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, Selection
 from actcache.reader.window import Fetching, Fill, Filled, Room, WindowSource
 from actcache.store.dtypes import disk_dtype
+from actcache.store.local import LocalFiles
 from actcache.store.open import CaptureCatalog
 from actcache.store.shard import ShardReader
 
 _CLOSE_S = 5.0
+_OPEN_FILES = 64
 
 
 class Filling:
@@ -80,6 +82,8 @@ class Filling:
         self._chunk_bytes = chunk.n_bytes
         self.shapes = self._shapes()
         self.windows, self.courier = place(self.shapes, chunk, delivery, fetches=bool(self._io_threads))
+        files = captures[0].files
+        self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES)
         self._fills: dict[tuple[int, int], Filled] = {}
         self._awaited: Filled | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -238,6 +242,7 @@ class Filling:
             self._pool,
             self.counters,
             chunk_bytes=self._chunk_bytes,
+            files=self._files,
             fetching=self._fetching,
             name=f"window {window} of epoch {epoch}",
         )
@@ -301,6 +306,8 @@ class Filling:
             self._pool.shutdown(wait=False, cancel_futures=True)
             _join(self._pool._threads, _CLOSE_S)
             self._pool = None
+        if self._files is not None:
+            self._files.close()
 
 
 def _join(threads: Iterable[threading.Thread], seconds: float) -> None:

@@ -141,22 +141,24 @@ class QualityMeter:
         varies = variance > 0
         return float((between[varies] / by_chance[varies]).mean())
 
+    def means(self) -> dict[str, float]:
+        """Per batch: distinct `sequences` and `documents`, share of the `largest` document, rows whose sequence was `previous`."""
+        found = {name: total / self.n_batches for name, total in self._sums.items()}
+        return {**found, "previous": self._sums["previous"] / max(1, self._n_followed)}
+
     def result(
         self, window: Iterable[tuple[Expected, Expected]], everything: tuple[Expected, Expected]
     ) -> Quality:
         """The numbers, beside expectations of (sequences, documents) per window and for all rows."""
-        g, windows = self.n_batches, list(window)
-        mean = {name: total / g for name, total in self._sums.items()}
-        previous = self._sums["previous"] / max(1, self._n_followed)
-        ratio = self.variance_ratio()
+        windows, mean, ratio = list(window), self.means(), self.variance_ratio()
         return Quality(
-            n_batches=g,
+            n_batches=self.n_batches,
             batch_size=self._size,
             variance_ratio=ratio,
             sequences=mean["sequences"],
             documents=mean["documents"],
             largest_document=mean["largest"],
-            previous_sequence=previous,
+            previous_sequence=mean["previous"],
             window=_mean([_as_dict(*pair) for pair in windows]),
             everything=_as_dict(*everything),
             warnings=_warnings(ratio, mean["largest"], everything[1].largest),

@@ -7,7 +7,6 @@ milliseconds, once per process. Both ways write the same bytes.
 """
 
 import ctypes
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -60,8 +59,6 @@ done:
 !0 = !{i32 1}
 """
 
-_compiling = threading.Lock()
-
 
 def scatter(
     window: NDArray[Any],
@@ -94,14 +91,9 @@ def aligned_empty(shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
     return raw[skip : skip + n_bytes].view(dtype).reshape(shape)
 
 
+@cache
 def compiled() -> Callable[..., None] | None:
     """The compiled loop, which lets other Python threads run; None where llvmlite is not installed."""
-    with _compiling:
-        return _compile()
-
-
-@cache
-def _compile() -> Callable[..., None] | None:
     try:
         from llvmlite import binding
     except ImportError:

@@ -406,7 +406,14 @@ class Stream:
             layer,
             lookup=partial(_look_up, self._provenance, courier, self.delivery.device, row),
             hooks=dict(zip(self.selection.hooks, rows, strict=True)),
+            slot=self._slots(part),
         )
+
+    def _slots(self, part: _Part) -> Tensor | None:
+        """The place of each row in the batch of all ranks; None where this reader gets all of it."""
+        if self.delivery.world_size == 1:
+            return None
+        return torch.from_numpy(np.flatnonzero(np.diff(part.own_before))).to(self.delivery.device)
 
     # The end.
 

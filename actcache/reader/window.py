@@ -18,6 +18,7 @@ from actcache.errors import ActcacheError, UnreachableError
 from actcache.reader.buffers import Window
 from actcache.reader.counters import Counters
 from actcache.reader.layout import Layout, Source, by_request, handfuls
+from actcache.store.local import LocalFiles
 from actcache.store.quantise import Quantised
 
 JOB_BYTES = 2 << 20
@@ -97,7 +98,7 @@ class WindowSource(Protocol):
 class Fill:
     """A window on its way. `wait` returns when every row has landed, or raises what went wrong.
 
-    chunk_bytes  of a decoded chunk.    name  what to call the window when something is wrong.
+    chunk_bytes  of a decoded chunk.    files  of a local store.    name  what to call the window when something is wrong.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Fill:
         counters: Counters,
         *,
         chunk_bytes: int,
+        files: LocalFiles | None = None,
         fetching: Fetching | None = None,
         name: str = "a window",
     ) -> None:
@@ -115,7 +117,7 @@ class Fill:
         self.error: BaseException | None = None
         self._layout: Layout | None = None
         self._pool, self._counters = pool, counters
-        self._fetching = fetching
+        self.files, self._fetching = files, fetching
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._n_jobs = 0
@@ -165,10 +167,10 @@ class Fill:
         if not n_jobs:
             self._finish()
 
-    @staticmethod
-    def _will_need(sources: list[Source]) -> None:
-        for source in sources:
-            source.reader.will_need(*source.at)
+    def _will_need(self, sources: list[Source]) -> None:
+        if self.files is not None:
+            for source in sources:
+                source.reader.will_need(*source.at, self.files)
 
     def _fetch(self, job: list[Source], room: Room) -> None:
         """What one request brings, on a thread that may wait."""
@@ -281,7 +283,10 @@ class _Decoding:
             raise _Stopped
         source, begun = self._job[number], perf_counter()
         self._fill.reading[threading.get_ident()] = source.reader.key
-        body = source.reader.load(*source.at) if self._bodies is None else self._bodies[number]
+        if self._bodies is None:
+            body = source.reader.load(*source.at, files=self._fill.files)
+        else:
+            body = self._bodies[number]
         loaded = perf_counter()
         found = decode(source, body)
         self.read_s += loaded - begun

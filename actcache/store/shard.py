@@ -172,12 +172,18 @@ class ShardReader:
             return self._on_missing()
         return DamageError(f"{self.key} is committed but missing. {_ASK_VERIFY}")
 
-    def load(self, layer_i: int, chunk: int, *, fresh: bool = False) -> Any:
-        """Bytes of one chunk, not yet compared with anything: for `decode`, before this thread loads again."""
-        if self._files is None:
+    def load(
+        self, layer_i: int, chunk: int, *, fresh: bool = False, files: LocalFiles | None = None
+    ) -> bytes | memoryview:
+        """Bytes of one chunk, not yet compared with anything: for `decode`, before this thread loads again.
+
+        files  to read a local store with, in place of the reader's own.
+        """
+        files = files or self._files
+        if files is None:
             return self.fetch([(layer_i, chunk)], fresh=fresh)[0]
         try:
-            return self._files.read(self.key, *self._range(layer_i, chunk))
+            return files.read(self.key, *self._range(layer_i, chunk), fresh=fresh)
         except FileNotFoundError as error:
             raise self._missing() from error
 
@@ -223,11 +229,9 @@ class ShardReader:
         except ValueError as error:
             raise chunk_damage(self.key, layer_i, chunk, f"cannot be decoded: {error}") from error
 
-    def will_need(self, layer_i: int, chunk: int) -> None:
+    def will_need(self, layer_i: int, chunk: int, files: LocalFiles) -> None:
         """Tell the operating system that a chunk will be read soon; does nothing where there is no way to."""
-        if self._files is not None:
-            start, n_bytes = int(self._offset[layer_i, chunk]), int(self._stored[layer_i, chunk])
-            self._files.will_need(self.key, start, n_bytes)
+        files.will_need(self.key, int(self._offset[layer_i, chunk]), int(self._stored[layer_i, chunk]))
 
 
 def chunk_problem(chunks: Chunks, at: tuple[int, int], data: memoryview) -> str | None:

@@ -53,6 +53,14 @@ def default_of(value, kind: str) -> str:
     return "" if value is None or kind == "flag" else f"`{value}`"
 
 
+def all_commands(typer_app, prefix: str = "") -> list:
+    """(name, function) of every command, those of groups after the others."""
+    found = [(prefix + (c.name or c.callback.__name__), c.callback) for c in typer_app.registered_commands]
+    for group in typer_app.registered_groups:
+        found += all_commands(group.typer_instance, f"{prefix}{group.name} ")
+    return found
+
+
 def command_page(name: str, function) -> str:
     hints = typing.get_type_hints(function, include_extras=True)
     lines = [f"## {name}", "", inspect.getdoc(function) or "", ""]
@@ -70,8 +78,7 @@ def command_page(name: str, function) -> str:
 
 
 def page() -> str:
-    commands = [(c.name or c.callback.__name__, c.callback) for c in cli.app.registered_commands]
-    return "\n".join([HEAD, *(command_page(name, function) for name, function in commands)])
+    return "\n".join([HEAD, *(command_page(name, function) for name, function in all_commands(cli.app))])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from actcache.errors import (
 )
 from actcache.producer import plan as plan_module
 from actcache.producer.add import Addition, add_to_store
-from actcache.producer.build import Reporter
+from actcache.producer.build import BuildReporter
 from actcache.store import create as create_module
 from actcache.store.create import CaptureRequest, add_capture
 from actcache.store.disk import Disk
@@ -285,7 +285,7 @@ def test_a_model_that_cannot_isolate_any_more_is_refused(kit, tmp_path, monkeypa
 
 def test_it_says_what_it_does(make_store, tmp_path):
     seen = []
-    reporter = Reporter(
+    reporter = BuildReporter(
         on_forecast=lambda grid, size: seen.append(("size", grid.n_shards, size.raw_bytes)),
         on_start=lambda done, total: seen.append(("start", done, total)),
     )

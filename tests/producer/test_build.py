@@ -23,7 +23,7 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.producer import plan as plan_module
-from actcache.producer.summary import Reporter
+from actcache.producer.summary import BuildReporter
 from actcache.store import codec as codec_module
 from actcache.store import disk as disk_module
 from actcache.store.arrays import NO_DOCUMENT
@@ -169,7 +169,7 @@ def test_lost_shards_are_built_again(kit, make_store, tmp_path, lost):
         for path in [*root.glob(f"acts/*/ledger/c.0.{shard}"), *root.glob(f"acts/*/rows/c.0.{shard}.0")]:
             path.unlink()
     shards: list[int] = []
-    summary = kit.build(small_settings(root), reporter=Reporter(on_shard=shards.append))
+    summary = kit.build(small_settings(root), reporter=BuildReporter(on_shard=shards.append))
     assert (summary.n_built, summary.n_adopted) == (len(lost), 0)
     assert shards == lost
     assert summary.n_tokens == len(lost) * 8 * 16

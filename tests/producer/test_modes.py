@@ -270,11 +270,13 @@ def test_a_corpus_that_is_too_short_is_taken_as_far_as_it_goes_if_that_is_asked(
         kit.build(small_settings(out, n_tokens=100_000))
     seen = []
     reporter_settings = small_settings(out, n_tokens=100_000, allow_short=True)
-    from actcache.producer.build import Reporter
+    from actcache.producer.build import BuildReporter
 
     kit.build(
         reporter_settings,
-        reporter=Reporter(on_forecast=lambda grid, size: seen.append((grid.n_sequences, size.raw_bytes))),
+        reporter=BuildReporter(
+            on_forecast=lambda grid, size: seen.append((grid.n_sequences, size.raw_bytes))
+        ),
     )
     store = actcache.open(out)
     assert store.is_complete

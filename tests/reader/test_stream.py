@@ -180,9 +180,9 @@ def test_ranks_share_the_global_batches(truth, world_size, drop_last):
 def recorded_reads():
     read, seen = ShardReader.load, []
 
-    def recorded(self, layer_i, chunk):
+    def recorded(self, layer_i, chunk, **named):
         seen.append((self.key, layer_i, chunk))
-        return read(self, layer_i, chunk)
+        return read(self, layer_i, chunk, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardReader, "load", recorded)

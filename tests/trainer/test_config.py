@@ -43,6 +43,21 @@ def test_lr_given_is_kept():
         ({"lr": 0.0}, "greater than 0"),
         ({"decay_frac": 1.5}, "less than or equal to 1"),
         ({"loss_space": "z"}, "raw"),
+        ({"n_latents": 100, "k": 32, "multi_topk": True}, "k=32 with multi_topk is 128 active latents"),
+        (
+            {"multi_topk": True, "activation": "batchtopk"},
+            "multi_topk needs activation='topk', not 'batchtopk'",
+        ),
+        ({"multi_topk": True, "matryoshka": (0.5, 0.5)}, "two ways to add losses"),
+        ({"matryoshka": (0.5, 0.6)}, "must sum to 1"),
+        ({"matryoshka": (1.0,)}, "at least 2 items"),
+        ({"activation": "relu", "auxk": 3}, "auxk=3 needs activation topk or batchtopk"),
+        ({"activation": "relu", "k_anneal_steps": 3}, "relu has no k"),
+        ({"l1_coef": 0.1}, "l1_coef=0.1 needs activation='relu'"),
+        ({"skip": True}, "skip needs form='transcoder'"),
+        ({"k_anneal_from": 3}, "k_anneal_from=3 is less than k=32"),
+        ({"form": "clt"}, "stacked"),
+        ({"ema_decay": 1.0}, "less than 1"),
     ],
 )
 def test_refusals_name_the_field(fields, message):
@@ -59,3 +74,27 @@ def test_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         TrainConfig().k = 3
     assert json.loads(TrainConfig().model_dump_json())["k"] == 32
+
+
+def test_several_problems_are_said_at_once():
+    with pytest.raises(ValidationError) as caught:
+        TrainConfig(skip=True, k_anneal_from=3)
+    (problem,) = caught.value.errors()
+    assert "skip needs form='transcoder'" in problem["msg"]
+    assert "k_anneal_from=3 is less than k=32" in problem["msg"]
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [("stacked", "row"), ("feature", "row"), ("crosscoder", "layer"), ("transcoder", "row")],
+)
+def test_each_form_has_its_standardisation(form, expected):
+    assert TrainConfig(form=form).resolve(8 * 16).standardise == expected
+    assert TrainConfig(form=form, standardise="layer").resolve(128).standardise == "layer"
+
+
+def test_resolved_relu_has_no_auxiliary_latents_and_a_penalty():
+    config = TrainConfig(activation="relu").resolve(64)
+    assert (config.auxk, config.l1_coef) == (0, 5 / 64)
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    assert config.resolve(64) == config

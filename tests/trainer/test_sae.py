@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from trainer.kernels import reference, sparse
-from trainer.sae import TopKSAE, geometric_median
+from trainer.median import geometric_median
+from trainer.sae import TopKSAE
 
 
 def make(width=8, n_latents=32, k=3, seed=0, **more):

@@ -9,11 +9,23 @@ import torch
 from torch import Tensor
 
 from trainer.kernels import Selected
+from trainer.kernels.gradients import full_precision
 
 
-def encode(z: Tensor, w_enc: Tensor, bias: Tensor, k: int, dead: Tensor, n_aux: int) -> Selected:
+def encode(
+    z: Tensor,
+    w_enc: Tensor,
+    bias: Tensor,
+    k: int,
+    dead: Tensor,
+    n_aux: int,
+    *,
+    latent_bias: Tensor | None = None,
+) -> Selected:
     """See `Kernels.encode`. Holds several [b, f] tensors."""
-    pre = (z - bias) @ w_enc.T
+    pre = ((z - bias) @ w_enc.T).to(z.dtype)
+    if latent_bias is not None:
+        pre = pre + latent_bias
     indices = _largest(pre, k)
     aux_indices = dead[_largest(pre[:, dead], n_aux)]
     return Selected(
@@ -21,7 +33,14 @@ def encode(z: Tensor, w_enc: Tensor, bias: Tensor, k: int, dead: Tensor, n_aux: 
     )
 
 
-def decode(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
+@full_precision
+def decode(
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    *,
+    candidates: Tensor | None = None,  # noqa: ARG001 (every latent is summed over)
+) -> Tensor:
     """See `Kernels.decode`. Holds a dense [b, f]."""
     dense = values.new_zeros(values.shape[0], w_dec.shape[0]).scatter_add(1, indices, values)
     return dense @ w_dec
