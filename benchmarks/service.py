@@ -195,11 +195,7 @@ class Bench:
         self._seeds = iter(range(1, 10**6))
         plain, secure, alone, alone_secure = said["ports"]
         ca = said["ca"].encode()
-        self.ways = {"": (f"grpc://127.0.0.1:{plain}", None), " TLS": (f"grpc+tls://127.0.0.1:{secure}", ca)}
-        self._bare = {
-            "": (f"grpc://127.0.0.1:{alone}", None),
-            " TLS": (f"grpc+tls://127.0.0.1:{alone_secure}", ca),
-        }
+        self.ways, self._bare = _ways(plain, secure, ca), _ways(alone, alone_secure, ca)
 
     def _note(self, name: str, work: Callable[[], int]) -> None:
         self._keep(name, measure(work, self.pid))
@@ -246,6 +242,10 @@ class Bench:
                 pass
             stream.set_epoch(0)
             self._note(f"{codec} shared{tls}", lambda: consume(stream, self.args.seconds))
+
+
+def _ways(plain: int, secure: int, ca: bytes) -> dict[str, tuple[str, bytes | None]]:
+    return {"": (f"grpc://127.0.0.1:{plain}", None), " TLS": (f"grpc+tls://127.0.0.1:{secure}", ca)}
 
 
 def ratios(codecs: list[str], medians: dict[str, dict[str, float]]) -> dict[str, float]:
