@@ -175,14 +175,19 @@ class Filling:
             return int(self.chunks.shard[-1]) + 1
         return self.shards_of(epoch, window)[0]
 
-    def _forget_before(self, epoch: int, window: int) -> None:
-        """What is known of shards that the `commit` order has left behind is let go of: a plan may have any number."""
+    def forget_before(self, epoch: int, window: int) -> None:
+        """What is known of shards that the `commit` order has left behind is let go of: a plan may have any number.
+
+        Files too: one that was deleted takes room on disk as long as somebody has it open.
+        """
         if isinstance(self.order(epoch), CommitOrder):
             first = self.first_shard(epoch, window)
             for found in self._captures:
                 found.forget_before(first)
             if self.filter is not None:
                 self.filter.forget_before(first)
+            if self._files is not None:
+                self._files.close()
 
     def get(self, epoch: int, window: int) -> Filled:
         """The fill of a window: the one begun ahead, or one begun now, in whatever memory it takes."""
@@ -199,7 +204,7 @@ class Filling:
     def wait(self, epoch: int, window: int) -> tuple[Filled, Layout]:
         """The window, whole; forgotten here, so that whoever holds its tensors decides how long they live."""
         started = perf_counter()
-        self._forget_before(epoch, window)
+        self.forget_before(epoch, window)
         try:
             self._awaited = fill = self.get(epoch, window)
             del self._fills[epoch, window]

@@ -137,7 +137,8 @@ class CaptureCatalog:
 
     def record(self, shard: int) -> ShardRecord:
         """The ledger record in force of a shard; UncommittedError when there is none."""
-        if shard not in self._records:
+        known = self._records.get(shard)  # another thread may forget it at any moment
+        if known is None:
             spec = self.arrays["ledger"]
             newest, data = 0, None
             while True:  # generations are dense: the newest in force is the last that exists
@@ -152,18 +153,19 @@ class CaptureCatalog:
                     f"'actcache info' lists what is; run the same 'actcache build' again to continue."
                 )
             key = ledger_key(spec, shard, newest - 1)
-            self._records[shard] = parse_record(data, key, self.capture, shard)
-        return self._records[shard]
+            self._records[shard] = known = parse_record(data, key, self.capture, shard)
+        return known
 
     def reader(self, shard: int) -> ShardReader:
         """Chunks of a committed shard."""
-        if shard not in self._readers:
+        known = self._readers.get(shard)
+        if known is None:
             spec, record = self.arrays["rows"], self.record(shard)
             assert spec.inner is not None
             chunks = Chunks.from_record(record, len(self.capture.layers))
             key = spec.key(0, shard, 0)
             _one, rows_per_chunk, width = spec.inner
-            self._readers[shard] = ShardReader(
+            self._readers[shard] = known = ShardReader(
                 self.objects,
                 key,
                 chunks,
@@ -173,7 +175,7 @@ class CaptureCatalog:
                 quantised=self.capture.dtype if is_quantised(self.capture) else None,
                 on_missing=lambda: self._missing(shard, key),
             )
-        return self._readers[shard]
+        return known
 
     def forget_before(self, shard: int) -> None:
         """Let go of what was read about lower shards; it is read again where somebody asks."""

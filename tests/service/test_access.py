@@ -19,6 +19,7 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.service import client as client_module
+from actcache.service import numbers as numbers_module
 from actcache.service import server as server_module
 from actcache.service import wire
 from actcache.service.access import Access, is_loopback
@@ -451,7 +452,7 @@ def test_writing_methods_are_not_there(server):
 
 
 def test_too_many_calls_at_once_are_put_off(truth, serve, monkeypatch):
-    monkeypatch.setattr(server_module, "MOST_CALLS", 0)
+    monkeypatch.setattr(numbers_module, "MOST_CALLS", 0)
     monkeypatch.setattr(client_module, "_FIRST_CONTACT_S", 0.2)
     with pytest.raises(UnreachableError, match="0 calls are under way"):
         actcache.open(url_of(serve(truth.root)))

@@ -32,6 +32,7 @@ from actcache.errors import (
 from actcache.reader import follow as follow_module
 from actcache.service import client as client_module
 from actcache.service import link as link_module
+from actcache.service import rows as rows_module
 from actcache.service import server as server_module
 from actcache.service import wire
 from actcache.service.access import Access
@@ -248,15 +249,15 @@ def test_a_server_that_is_restarted_is_not_noticed(truth, serve):
 def test_a_server_that_breaks_off_anywhere_is_asked_for_the_rest(truth, serve, monkeypatch):
     """Every few messages the call fails; the client goes on from the row after the last that came whole."""
     monkeypatch.setattr(wire, "MESSAGE_BYTES", 4096)
-    monkeypatch.setattr(server_module, "MESSAGE_BYTES", 4096)
-    server, count, cut = serve(truth.root), itertools.count(1), server_module._cut
+    monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 4096)
+    server, count, cut = serve(truth.root), itertools.count(1), rows_module._cut
 
     def fails(*args):
         if next(count) % 7 == 0:
             raise UnreachableError("the power is gone")
         return cut(*args)
 
-    monkeypatch.setattr(server_module, "_cut", fails)
+    monkeypatch.setattr(rows_module, "_cut", fails)
     with actcache.open(truth.root).stream(**SMALL) as stream:
         expected = rows_in(stream)
     with actcache.open(url_of(server)).stream(**SMALL) as stream:
@@ -292,7 +293,7 @@ def test_closing_while_waiting_for_a_service_ends_at_once(truth, serve, monkeypa
         gate.wait(30)
         raise UnreachableError("late")
 
-    monkeypatch.setattr(server_module, "_cut", slow)
+    monkeypatch.setattr(rows_module, "_cut", slow)
     stream, errors = actcache.open(url_of(server)).stream(**SMALL), []
 
     def read() -> None:
@@ -354,7 +355,7 @@ def eventually(is_so, seconds: float) -> bool:
 
 
 def test_a_client_that_is_killed_leaves_nothing_behind(truth, serve, monkeypatch):
-    monkeypatch.setattr(server_module, "MESSAGE_BYTES", 1 << 12)
+    monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 1 << 12)
     server = serve(truth.root)
     command = [sys.executable, "-c", textwrap.dedent(CLIENT), f"grpc://127.0.0.1:{server.port}"]
     client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -435,7 +436,7 @@ def test_damage_is_named_without_a_path_of_the_server(serve, tmp_path):
 
 
 def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch):
-    monkeypatch.setattr(server_module, "checksum", lambda batch: wire.checksum(batch) ^ 1)
+    monkeypatch.setattr(rows_module, "checksum", lambda batch: wire.checksum(batch) ^ 1)
     with remote.stream(**SMALL) as stream, pytest.raises(DamageError, match="altered on the way"):
         next(iter(stream))
 
@@ -446,6 +447,7 @@ def test_a_store_that_was_replaced_is_another(serve, tmp_path):
     with actcache.open(url_of(server)).stream(batch_size=4, window_rows=16) as stream:
         batches = iter(stream)
         next(batches)
+        assert eventually(lambda: server.status()["active_calls"] == 0, 30)  # what is read ahead has come
         for path in sorted((tmp_path / "s.zarr").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         (tmp_path / "s.zarr").rmdir()
