@@ -29,9 +29,11 @@ from actcache.errors import (
     UnreachableError,
     UsageError,
 )
+from actcache.reader import filling as filling_module
 from actcache.reader import follow as follow_module
 from actcache.service import client as client_module
 from actcache.service import link as link_module
+from actcache.service import received as received_module
 from actcache.service import rows as rows_module
 from actcache.service import server as server_module
 from actcache.service import wire
@@ -354,6 +356,63 @@ def eventually(is_so, seconds: float) -> bool:
     return True
 
 
+def test_a_window_that_takes_long_is_told_from_a_server_that_is_gone(truth, serve, monkeypatch):
+    """While it is decoded the client hears so, longer than its patience; then it has all rows."""
+    monkeypatch.setattr(rows_module, "_SIGN_S", 0.02)
+    server, gate, heard = serve(truth.root), threading.Event(), threading.Event()
+    lay_out = filling_module.Filling._lay_out
+
+    def slow(self, *at):
+        gate.wait(30)
+        return lay_out(self, *at)
+
+    take = received_module.ServedFill._take
+
+    def counting(self, part, batch, said):
+        signs.append(said)
+        if sum(wire.WAITING in one for one in signs) > 50:
+            heard.set()
+        take(self, part, batch, said)
+
+    signs: list[dict] = []
+    monkeypatch.setattr(filling_module.Filling, "_lay_out", slow)
+    monkeypatch.setattr(received_module.ServedFill, "_take", counting)
+    threading.Thread(target=lambda: (heard.wait(30), gate.set())).start()
+    with actcache.open(url_of(server)).stream(**SMALL) as stream:
+        stream._filling._source.link.patience_s = 0.1
+        found = rows_in(stream)
+    assert heard.is_set()
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        assert same(found, rows_in(stream))
+
+
+def test_a_shard_put_right_again_is_read_by_a_server_that_saw_it_wrong(serve, tmp_path):
+    truth = write_store(tmp_path / "s.zarr", codec="none")
+    store, path = actcache.open(url_of(serve(tmp_path))), truth.root / "acts/resid_post/rows/c.0.1.0"
+    good = path.read_bytes()
+    path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with store.stream(batch_size=8) as stream, pytest.raises(DamageError, match="crc32c"):
+        list(stream)
+    path.unlink()
+    path.write_bytes(good)
+    with store.stream(batch_size=8) as stream:
+        assert sum(len(batch) for batch in stream) == len(truth.kept())
+
+
+def test_files_of_shards_left_behind_are_closed(whole, serve):
+    """A deleted file takes room on disk as long as somebody has it open."""
+    server = serve(whole.root)
+    with actcache.open(url_of(server)).stream(
+        batch_size=50, window_rows=256, order="commit", commit_shards=2
+    ) as stream:
+        for _batch in stream:
+            pass
+    (order,) = server.cache._orders.values()
+    assert order.filling._files is not None
+    opened = {key.rpartition("c.")[2].split(".")[1] for key in order.filling._files._open}
+    assert len(opened) <= 3, opened
+
+
 def test_a_client_that_is_killed_leaves_nothing_behind(truth, serve, monkeypatch):
     monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 1 << 12)
     server = serve(truth.root)
@@ -443,15 +502,15 @@ def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch):
 
 def test_a_store_that_was_replaced_is_another(serve, tmp_path):
     write_store(tmp_path / "s.zarr")
+    write_store(tmp_path / ".new", seed=1)
     server = serve(tmp_path)
     with actcache.open(url_of(server)).stream(batch_size=4, window_rows=16) as stream:
         batches = iter(stream)
         next(batches)
-        assert eventually(lambda: server.status()["active_calls"] == 0, 30)  # what is read ahead has come
-        for path in sorted((tmp_path / "s.zarr").rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        (tmp_path / "s.zarr").rmdir()
-        write_store(tmp_path / "s.zarr", seed=1)
+        windows = [*stream._filling._fills.values(), *(e.fill for e in server.cache._entries.values())]
+        assert eventually(lambda: all(window.is_done for window in windows), 30)  # nobody reads the old one
+        (tmp_path / "s.zarr").rename(tmp_path / ".old")
+        (tmp_path / ".new").rename(tmp_path / "s.zarr")
         with pytest.raises(CursorError, match="it was replaced"):
             list(batches)
 
