@@ -472,18 +472,18 @@ def _disk_budget(options: dict[str, Any], n_workers: int) -> "DiskBudget | None"
     )
 
 
-_SHARDS_OF_BUDGET = 8
+_SHARDS_OF_BUDGET = 20
 
 
 def _shard_memory(options: dict[str, Any], given: set[str]) -> int:
-    """For two shards being filled. With a disk budget, unless told otherwise, sixteen shards fit into it."""
+    """For two shards being filled. With a disk budget, unless told otherwise, twenty shards fit into it."""
     if options["max_disk"] in (None, "none") or given & {"shard_memory", "sequences_per_shard"}:
         return _size(options["shard_memory"])
     from actcache.store.open import open_catalog
 
     if (options["out"] / "zarr.json").exists():  # another budget than before changes no plan
         return open_catalog(str(options["out"])).plan.request.shard_memory_bytes
-    return min(_size(options["shard_memory"]), max(1, _size(options["max_disk"]) // _SHARDS_OF_BUDGET))
+    return min(_size(options["shard_memory"]), max(1, _size(options["max_disk"]) * 2 // _SHARDS_OF_BUDGET))
 
 
 _OF_THE_RUN = frozenset(
@@ -821,6 +821,7 @@ def _like_build(
         del own["ctx"]
         last = own.pop("as_json")
         parameters = [p for p in {**own, **changed, "as_json": last}.values() if p is not None]
+        parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)
 
         @functools.wraps(command)
         def call(**options: Any) -> None:
@@ -2675,6 +2676,187 @@ def _watched(location: str) -> tuple["Catalog", Callable[[], dict[str, Any] | No
         return _catalog(location), lambda: link.ask("status")
     inside = Path(location) / "acts.zarr"
     return _catalog(str(inside) if inside.is_dir() else location), lambda: None
+
+
+# run
+
+
+_CONSUMER = "sae"
+_FIRST_WINDOW_SHARE = 4
+
+
+def _names_of(name: str, declared: Any) -> str:
+    """The option of a parameter, as it is written."""
+    given = [text for text in declared.param_decls or () if text.startswith("--")]
+    return given[0] if given else f"--{name.replace('_', '-')}"
+
+
+def _as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options of `build` as they would be written, those that are as they are anyway left out."""
+    hints, found = get_type_hints(build, include_extras=True), list[str]()
+    for parameter in inspect.signature(build).parameters.values():
+        value = options.get(parameter.name, parameter.default)
+        if value == parameter.default or parameter.name in ("ctx", "as_json"):
+            continue
+        name = _names_of(parameter.name, hints[parameter.name].__metadata__[0])
+        if isinstance(value, list):
+            found += [text for item in value for text in (name, item)]
+        else:
+            found += [name] if value is True else [name, str(value)]
+    return found
+
+
+def _first_window_rows(options: dict[str, Any], out: Path) -> int:
+    """What fits into a quarter of the disk budget; in a run that was begun, what it began with."""
+    from actcache.model import load_skeleton
+    from trainer.config import TrainConfig
+
+    begun = next(out.glob("run/**/config.json"), None)
+    if begun is not None:
+        return TrainConfig.model_validate_json(begun.read_text(encoding="utf-8")).first_window_rows
+    width = load_skeleton(options["model"], revision=options["revision"]).width
+    itemsize = 4 if options["dtype"] == "float32" else 2
+    rows = _size(options["max_disk"]) // _FIRST_WINDOW_SHARE // (width * itemsize * len(_hooks(options)))
+    return max(1, min(TrainConfig.model_fields["first_window_rows"].default, rows))
+
+
+@app.command("run")
+@_like_build(
+    out=_option(
+        "out",
+        Annotated[Path, typer.Option(help="Folder of it all: acts.zarr, run, and logs of both processes.")],
+        inspect.Parameter.empty,
+    ),
+    max_disk=_option(
+        "max_disk",
+        Annotated[
+            str,
+            typer.Option(
+                metavar="SIZE",
+                help="The store never takes more than this, however many tokens it is of. Checkpoints come on top.",
+            ),
+        ],
+        inspect.Parameter.empty,
+    ),
+    sae=_option(
+        "sae",
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="NAME=VALUE",
+                help="Any setting of docs/reference/training.md, such as k=32 or expansion=16. Repeat.",
+            ),
+        ],
+        None,
+    ),
+    train_options=_option(
+        "train_options",
+        Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[-- OPTIONS]",
+                help="After two dashes: more options of 'actcache train', such as --per-layer.",
+            ),
+        ],
+        None,
+    ),
+    **dict.fromkeys(
+        ("consumers", "expire_after", "add", "rank", "world_size", "engine", "workers"),
+    ),
+    **dict.fromkeys(("gpus_per_worker", "cpus_per_worker", "ray_address")),
+)
+def run_(options: dict[str, Any]) -> None:
+    """Build and train side by side, within a disk budget: from a model and text to a trained SAE in one command.
+
+    The producer and the trainer are processes of their own. Ctrl-C stops both cleanly; the same command goes on where they
+    were. When one fails, so does the command, with the end of its log.
+    """
+    from actcache.service.supervise import Part, held, supervise
+
+    _check_build_choices({**options, "engine": "local"})
+    out: Path = options["out"]
+    me = [sys.executable, "-m", "cli"]
+    settings = [*(options["sae"] or [])]
+    if not any(text.startswith("first_window_rows=") for text in settings):
+        settings.append(f"first_window_rows={_first_window_rows(options, out)}")
+    building = _as_arguments(
+        {**options, "out": out / "acts.zarr", "consumers": _CONSUMER, "max_disk": options["max_disk"]}
+    )
+    training = [
+        *(str(out / "acts.zarr"), "--out", str(out / "run"), "--follow", "--consumer", _CONSUMER, "--resume"),
+        *("--device", options["device"], "--seed", str(options["seed"])),
+        *(text for setting in settings for text in ("--set", setting)),
+        *(options["train_options"] or ()),
+    ]
+    parts = [
+        Part(name="build", command=[*me, "build", *building], log=out / "logs/build.log"),
+        Part(name="train", command=[*me, "train", *training], log=out / "logs/train.log", is_goal=True),
+    ]
+    with (
+        held(out / "lock") as lock,
+        _stop_on_signals() as stop,
+        _watching(out, quiet=options["as_json"]) as tick,
+    ):
+        ended = supervise(parts, stop=stop.is_set, on_tick=lambda _codes: tick(), keep_open=[lock])
+    said = {
+        "outcome": ended.outcome,
+        "part": ended.part,
+        "store": str(out / "acts.zarr"),
+        "run": str(out / "run"),
+    }
+    if options["as_json"]:
+        print(json.dumps(said))
+    if ended.outcome == "failed":
+        console.print(Text(ended.tail), soft_wrap=True)
+        how = f"was killed by signal {-ended.code}" if ended.code < 0 else f"ended with status {ended.code}"
+        console.print(
+            Text(
+                f"{ended.part} {how}; its log is {out / 'logs' / f'{ended.part}.log'}. Nothing that was committed or saved is "
+                f"lost: run the same command again to continue."
+            ),
+            style="red",
+            soft_wrap=True,
+        )
+        raise typer.Exit(max(1, ended.code))
+    if ended.outcome == "stopped":
+        console.print(
+            "stopped; everything committed and saved is safe. Run the same command again to continue."
+        )
+        raise typer.Exit(130)
+    console.print(
+        f"{out / 'run'}: finished; 'actcache eval {out / 'run'} {out / 'acts.zarr'}' says how well",
+        soft_wrap=True,
+    )
+
+
+@contextlib.contextmanager
+def _watching(out: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
+    """What is called often, and looks at the store every second: a live view, or a line now and then in a log."""
+    from rich.live import Live
+
+    from actcache.service.present import line, render
+    from actcache.service.watch import Watcher
+
+    watcher, looked_at = None, -1e9
+    with contextlib.ExitStack() as stack:
+        live = None
+        if console.is_terminal and not quiet:
+            live = stack.enter_context(Live(Text("loading the model, tokenising the text"), console=console))
+        every_s = 1.0 if live is not None else 30.0
+
+        def tick() -> None:
+            nonlocal watcher, looked_at
+            if quiet or time.monotonic() - looked_at < every_s or not (out / "acts.zarr/zarr.json").exists():
+                return
+            looked_at = time.monotonic()
+            watcher = watcher or Watcher(_catalog(str(out / "acts.zarr")))
+            look = watcher.look()
+            if live is not None:
+                live.update(render(look))
+            else:
+                console.print(line(look), highlight=False, soft_wrap=True)
+
+        yield tick
 
 
 # demo

@@ -23,6 +23,16 @@ def render(look: Look) -> RenderableType:
     return Group(*parts)
 
 
+def line(look: Look) -> str:
+    """The same in a few words, for a log."""
+    said = [f"{look.committed:,} of {look.n_shards:,} shards committed"]
+    if look.used_bytes is not None:
+        of = "" if look.budget is None else f" of {look.budget.max_disk_bytes / 1e9:.2f}"
+        said.append(f"disk {look.used_bytes / 1e9:.2f}{of} GB")
+    said += [f"{s.name} {s.phase} at shard {s.at_shard:,}, {s.rows:,} rows" for s, _silent in look.consumers]
+    return "; ".join([*said, f"bottleneck: {look.bottleneck}"])
+
+
 def _store(look: Look) -> RenderableType:
     share = look.committed / max(1, look.n_shards)
     lines = [
