@@ -1174,14 +1174,14 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
     stored = int(catalog.shards.stored.sum())
     captures = {}
     for name, found in catalog.captures.items():
-        committed = found.committed()
-        rows = sum(int(catalog.shards.stored[s]) for s in committed)
+        committed, live = found.committed(), found.live()
+        rows = sum(int(catalog.shards.stored[s]) for s in live)
         itemsize = 4 if found.capture.dtype == "float32" else 2
-        disk = sum(found.record(s).rows_bytes for s in committed)
+        disk = sum(found.record(s).rows_bytes for s in live)
         raw = rows * len(found.capture.layers) * found.capture.width * itemsize
-        totals = [found.side("totals", s)[0] for s in committed]
+        totals = [found.side("totals", s)[0] for s in live]
         n_kept, norm_sum = (sum(t[:, i] for t in totals) for i in (0, 1))
-        errors = quantisation_errors(found, committed).values() if is_quantised(found.capture) else ()
+        errors = quantisation_errors(found, live).values() if is_quantised(found.capture) else ()
         captures[name] = {
             "hook": found.capture.hook,
             "layers": list(found.capture.layers),
@@ -1211,6 +1211,7 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
         "sequences": grid.n_sequences,
         "shards": grid.n_shards,
         "holdout_shards": grid.n_holdout_shards,
+        "retired_shards": len(next(iter(catalog.captures.values())).retired()),
         "rows_per_shard": grid.rows_per_shard,
         "rows_per_chunk": grid.rows_per_chunk,
         "exclude_first": request.exclude_first,
@@ -1232,18 +1233,26 @@ def verify(
 
     catalog = _catalog(store)
     committed = {name: len(found.committed()) for name, found in catalog.captures.items()}
+    n_live = sum(len(found.live()) for found in catalog.captures.values())
+    n_retired = len(next(iter(catalog.captures.values())).retired())
     with _progress("shards", quiet=as_json) as progress:
-        task = progress.add_task("verify", total=catalog.grid.n_shards + sum(committed.values()))
+        task = progress.add_task("verify", total=catalog.grid.n_shards + n_live)
         problems = find_problems(catalog, threads, lambda: progress.advance(task))
     if as_json:
-        report = {"store": store, "shards": catalog.grid.n_shards, "committed": committed}
+        report = {
+            "store": store,
+            "shards": catalog.grid.n_shards,
+            "committed": committed,
+            "retired": n_retired,
+        }
         print(json.dumps({**report, "problems": [p._asdict() for p in problems]}))
     else:
         for problem in problems:
             print(f"{problem.object}: {problem.what}")
         counts = ", ".join(f"{name} {n} of {catalog.grid.n_shards} shards" for name, n in committed.items())
         console.print(
-            f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}; committed: {counts}",
+            f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}; committed: {counts}"
+            + (f"; {n_retired} retired, their rows are gone as planned" if n_retired else ""),
             highlight=False,
         )
     if problems:
@@ -1887,11 +1896,21 @@ def _provenance(store: Any, location: str, selection: dict[str, Any], source: "S
         "corpus": request.corpus.name,
         "selection": {
             **{name: value for name, value in selection.items() if name not in _NOT_OF_ROWS},
+            **_limits_found(source),
             "layers": list(source.layers),
         },
         "order": source.settings,
         "actcache_version": actcache.__version__,
     }
+
+
+def _limits_found(source: "Stream") -> dict[str, Any]:
+    """Of the `commit` order the norm limits themselves: what they were measured on may be deleted later."""
+    limits = source.selection.rules.norm_limits
+    if source.selection.order != "commit" or limits is None:
+        return {}
+    by_layer = {str(layer): limit for layer, limit in zip(source.layers, limits, strict=True)}
+    return {"outlier_norm_ratio": None, "norm_limits": by_layer}
 
 
 _NOT_OF_ROWS = frozenset(

@@ -135,7 +135,8 @@ class Consumer:
 
     def finished(self) -> None:
         """It needs nothing more: its result is safely on disk."""
-        self._change(phase="finished")
+        past = self._stream.shard_numbers[-1] + 1
+        self._change(phase="finished", needs_shard=past, at_shard=past)
         self._write()
 
     def _change(self, **changes: Any) -> None:

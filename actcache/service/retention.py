@@ -302,7 +302,7 @@ class Retention:
                 continue
             waiting_for.append(name)
         return Blocked(
-            f"no room for shard {shard}: {(self.used_bytes) / 1e9:.2f} of {self.budget.max_bytes / 1e9:.2f} GB are taken "
+            f"no room for shard {shard}: {self.used_bytes / 1e6:,.0f} of {self.budget.max_bytes / 1e6:,.0f} MB are taken "
             f"by shards {max(needed, held)} and on; waiting for {', '.join(said) or 'nobody'}",
             tuple(waiting_for),
         )
