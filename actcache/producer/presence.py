@@ -4,11 +4,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from actcache.store.disk import Disk
 from actcache.store.live import (
+    LIVE_DIR,
     STATE,
     LocalLive,
     ProducerState,
@@ -52,13 +54,25 @@ class Presence:
     """
 
     def __init__(
-        self, disk: Disk, n_shards: int, facts: Facts, *, rank: int = 0, world_size: int = 1
+        self,
+        disk: Disk,
+        n_shards: int,
+        facts: Facts,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        is_bounded: bool = False,
     ) -> None:
         self._path, self._facts = disk.workspace / STATE, facts
         self._live = LocalLive(disk.root)
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._state = ProducerState(
-            nonce=disk.nonce, n_shards=n_shards, rank=rank, world_size=world_size, **whereabouts()
+            nonce=disk.nonce,
+            n_shards=n_shards,
+            rank=rank,
+            world_size=world_size,
+            is_bounded=is_bounded,
+            **whereabouts(),
         )
         self._thread = threading.Thread(target=self._beat, name="actcache-presence", daemon=True)
 
@@ -115,6 +129,13 @@ class Presence:
             self._live.put(ended_file(self._state.rank), encode(self._state))  # the workspace goes
         except OSError as failed:
             logger.warning("how this producer ended could not be written: %s", failed)
+
+
+def forget_ended(root: Path) -> None:
+    """Nothing is left to make: how producers ended that did not come so far is of no interest any more."""
+    live = LocalLive(root)
+    for path in (root / LIVE_DIR).glob("ended-*.json"):
+        live.drop(path.name)
 
 
 class Rate:

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class BuildReporter:
-    """What a build tells its caller while it runs. Every callback may be left out."""
+    """What a build tells its caller while it runs. Every callback may be left out.
+
+    on_blocked  why it waits for room on disk; None: it goes on.
+    """
 
     on_tokens: Callable[[int], None] = lambda _n: None
     on_forecast: "Callable[[Grid, SizeForecast], None]" = lambda _grid, _forecast: None
     on_start: Callable[[int, int], None] = lambda _n_done, _n_tokens: None
     on_forward: Callable[[int], None] = lambda _n_tokens: None
     on_shard: Callable[[int], None] = lambda _shard: None
+    on_blocked: Callable[[str | None], None] = lambda _why: None
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """The store as a reader sees it: `actcache.open(path)`."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actcache.errors import UncommittedError, UsageError
 from actcache.reader.filters import RowFilter, RowRules, limits_from_ratio, resolve_positions
-from actcache.reader.follow import Follower, check_can_follow
+from actcache.reader.follow import Follower, Waiting, check_can_follow
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, OrderName, Selection, Stack, parse_shards, shards_text
 from actcache.reader.shard_rows import ShardRows, iter_shard_rows
@@ -72,6 +72,11 @@ class Store:
     def url(self) -> str:
         """Where the store is."""
         return self._catalog.objects.url
+
+    @property
+    def objects(self) -> Objects:
+        """What the store is made of, read by name."""
+        return self._catalog.objects
 
     @property
     def plan(self) -> Plan:
@@ -234,6 +239,7 @@ class Store:
         follow: bool = False,
         consumer: str | None = None,
         patience_s: float = 600.0,
+        on_wait: Callable[[Waiting | None], None] | None = None,
         seed: int = 0,
         epochs: int | None = 1,
         window_rows: int = WINDOW_ROWS,
@@ -272,6 +278,8 @@ class Store:
                 `commit` order; the stream's `follower` says what it waits for.
             consumer: the name by which a build with a disk budget knows this reader, see `Store.register`.
             patience_s: of a follower: StalledError when no shard was committed and no producer heard of for so long.
+            on_wait: of a follower: told every second what is waited for, and once with None when it is there. It may raise
+                `actcache.flow.StopWaiting`: the consumer gets that, and no row is lost.
             seed: of the order.
             epochs: None goes on for ever. Each epoch has another order.
             window_rows: rows shuffled together; more is better mixed and takes more memory.
@@ -320,7 +328,12 @@ class Store:
         follower = None
         if follow:
             check_can_follow(captures, order=order, epochs=epochs, partial=partial, consumer=consumer)
-            follower = Follower(captures, consumer=consumer, patience_s=patience_s)
+            follower = Follower(
+                captures,
+                consumer=consumer,
+                patience_s=patience_s,
+                on_wait=on_wait or (lambda _waiting: None),
+            )
             shards = list(self._shards(split))
         else:
             shards = self._shards_to_stream(captures, split, partial=partial, world_size=world_size)
@@ -372,10 +385,13 @@ class Store:
             connect=self._connect,
         )
 
-    def register(self, name: str, stream: Stream, *, checkpoint_rows: int | None = None) -> "Consumer":
+    def register(
+        self, name: str, stream: Stream, *, checkpoint_rows: int | None = None, first_rows: int = 0
+    ) -> "Consumer":
         """Tell producers that this process reads the store as consumer `name`; see `actcache.reader.consumer`.
 
         checkpoint_rows: how many rows it reads between checkpoints.
+        first_rows: how many it reads before it can save its first checkpoint.
 
         Raises:
             UsageError: the store is built within a disk budget that does not wait for this name, or is too small for it.
@@ -383,7 +399,7 @@ class Store:
         """
         from actcache.reader.consumer import Consumer
 
-        return Consumer(name, stream, self._catalog.objects, checkpoint_rows)
+        return Consumer(name, stream, self._catalog.objects, checkpoint_rows, first_rows)
 
     def iter_shards(
         self,

@@ -26,6 +26,7 @@ from actcache.store.live import (
     now,
     read_budget,
     read_expiry,
+    shards_needed,
     whereabouts,
 )
 from actcache.store.objects import Objects
@@ -39,6 +40,7 @@ class Consumer:
     """One consumer while it reads. Close it when it stops; `finished` when it needs nothing more.
 
     checkpoint_rows  how many rows it reads between checkpoints; None: not known.
+    first_rows       how many it reads before it can save its first.
 
     Raises:
         UsageError: the disk budget is too small for it; says the least number of shards.
@@ -46,13 +48,19 @@ class Consumer:
     """
 
     def __init__(
-        self, name: str, stream: Stream, objects: Objects, checkpoint_rows: int | None = None
+        self,
+        name: str,
+        stream: Stream,
+        objects: Objects,
+        checkpoint_rows: int | None = None,
+        first_rows: int = 0,
     ) -> None:
         self.name = name
         self._file, self._stream, self._objects = consumer_file(name), stream, objects
         self._writer = live_writer(objects)
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._interval = _interval_shards(stream, checkpoint_rows)
+        self._begins = stream.shards_for(first_rows) if first_rows else 0
         self._check_budget()
         self._check_expiry()
         self._state = ConsumerState(
@@ -61,6 +69,7 @@ class Consumer:
             at_shard=stream.first_shard(),
             keeps_shards=stream.shards_per_window,
             interval_shards=self._interval,
+            begins_shards=self._begins,
             **whereabouts(),
         )
         self._rows_seen = (0, time.monotonic(), stream.waited_s())
@@ -78,12 +87,16 @@ class Consumer:
                 f"these names, or build with --consumers that names this one too."
             )
         keeps, interval = self._stream.shards_per_window, max(1, self._interval)
-        least, n_shards = keeps + budget.in_flight + interval, len(self._stream.shard_numbers)
+        least = shards_needed(keeps, interval, self._begins, in_flight=budget.in_flight)
+        n_shards = len(self._stream.shard_numbers)
         if budget.slots < min(least, n_shards):
             raise UsageError(
                 f"the disk budget of {self._objects.url} ({budget.max_disk_bytes:,} bytes) holds {budget.slots} training "
-                f"shards; this consumer needs {least}: {keeps} that a window mixes, {budget.in_flight} in work, {interval} "
-                f"between checkpoints. Give a larger --max-disk, smaller shards, or a shorter --checkpoint-every."
+                f"shards; this consumer needs {least}: {budget.in_flight} in work, {keeps} that a window mixes and {interval} "
+                f"between checkpoints"
+                + (f", or {self._begins} that it reads before its first checkpoint" if self._begins else "")
+                + ". Give a larger --max-disk, smaller shards, a shorter --checkpoint-every, or fewer rows to begin with "
+                "(--set first_window_rows=...)."
             )
 
     def _check_expiry(self) -> None:
@@ -122,7 +135,8 @@ class Consumer:
 
     def finished(self) -> None:
         """It needs nothing more: its result is safely on disk."""
-        self._change(phase="finished")
+        past = self._stream.shard_numbers[-1] + 1
+        self._change(phase="finished", needs_shard=past, at_shard=past)
         self._write()
 
     def _change(self, **changes: Any) -> None:
@@ -183,6 +197,15 @@ class Consumer:
         self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+def rows_that_fit(stream: Stream, objects: Objects) -> int | None:
+    """Most rows between checkpoints for which a disk budget has room; None where there is none."""
+    budget = read_budget(objects)
+    if budget is None:
+        return None
+    n_shards = budget.slots - budget.in_flight - stream.shards_per_window
+    return int(max(1, n_shards) * stream.n_rows // len(stream.shard_numbers))
 
 
 def _interval_shards(stream: Stream, checkpoint_rows: int | None) -> int:

@@ -88,6 +88,7 @@ class Filling:
         self._awaited: Filled | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._fetching: Fetching | None = None
+        self._first_open = 0
         self._pid = os.getpid()
 
     def _make_filter(self, provenance: Provenance, kept: NDArray[np.int64]) -> RowFilter | None:
@@ -149,6 +150,10 @@ class Filling:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(self._first_row(listed), counts) + within
 
+    def rows_before_filters(self, epoch: int, window: int) -> int:
+        """Rows of a window, over all layers, before filters."""
+        return int(self.chunks.n_rows[self.order(epoch).members(window).listed].sum())
+
     def _first_row(self, listed: NDArray[np.int64]) -> NDArray[np.int64]:
         shard, chunk = self.chunks.shard[listed], self.chunks.chunk[listed]
         return shard * self._grid.rows_per_shard + chunk * self._grid.rows_per_chunk
@@ -184,6 +189,9 @@ class Filling:
             first = self.first_shard(epoch, window)
             for found in self._captures:
                 found.forget_before(first)
+            if self._files is not None and first > self._first_open:
+                self._files.close()  # a file that is deleted takes disk until it is closed; those needed open again
+                self._first_open = first
             if self.filter is not None:
                 self.filter.forget_before(first)
             if self._files is not None:

@@ -9,10 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from actcache.errors import ActcacheError, StalledError, UncommittedError, UsageError
+from actcache.errors import ActcacheError, NotFoundError, StalledError, UncommittedError, UsageError
+from actcache.store.create import is_being_planned
 from actcache.store.live import ProducerState, Watch, read_budget, read_producers
+from actcache.store.objects import Objects
 from actcache.store.open import CaptureCatalog
+
+if TYPE_CHECKING:
+    from actcache.reader.access import Store
 
 _FIRST_POLL_S = 0.05
 _LAST_POLL_S = 1.0
@@ -25,25 +32,30 @@ _SILENT_S = 20.0
 class Waiting:
     """What a follower waits for, and what is known of who should bring it.
 
-    shard        the one that is not committed yet.
+    shard        the one that is not committed yet; None: the store itself, or the beginning of its build.
     waited_s     since when.
     stalled_s    since nothing was heard of any producer.
     producers    those whose workspaces are there, with the seconds since each was heard of.
     is_starved   a producer waits for room on disk that a checkpoint of this consumer would make.
+    is_planned   somebody is planning the store.
     """
 
-    shard: int
+    shard: int | None
     waited_s: float
     stalled_s: float
     producers: tuple[tuple[ProducerState, float], ...]
     is_starved: bool = False
+    is_planned: bool = False
 
     def __str__(self) -> str:
-        return f"waiting for shard {self.shard} ({self.waited_s:.0f} s): {self.why}"
+        what = "the build to begin" if self.shard is None else f"shard {self.shard}"
+        return f"waiting for {what} ({self.waited_s:.0f} s): {self.why}"
 
     @property
     def why(self) -> str:
         """What producers do, in words."""
+        if self.is_planned:
+            return "the text is being tokenised"
         if not self.producers:
             return f"no producer is running (for {self.stalled_s:.0f} s)"
         return "; ".join(_said(state, silent_s) for state, silent_s in self.producers)
@@ -95,6 +107,69 @@ def check_can_follow(
             f"this consumer is {consumer or 'not named'}. Name one of them (consumer=, --consumer), or build with "
             f"--consumers that names this one too."
         )
+
+
+def wait_for_store(
+    find: Callable[[], "Store"],
+    planned_at: Path | None,
+    *,
+    patience_s: float = 600.0,
+    on_wait: Callable[[Waiting | None], None] = lambda _waiting: None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> "Store":
+    """A store that may not be there yet, once it is and its build has begun, so that a disk budget would be known.
+
+    Args:
+        find: opens it; NotFoundError: there is none yet.
+        planned_at: where it is going to be on this machine; None: elsewhere.
+        patience_s: give up when nobody was at it for so long.
+        on_wait: told every second what is waited for, and once with None when it is there. It may raise StopWaiting.
+        clock: seconds.
+        sleep: waits.
+
+    Raises:
+        StalledError: nobody makes it.
+    """
+    begun = busy_at = clock()
+    said_at, has_said = begun, False
+    while True:
+        store, missing = None, None
+        try:
+            store = find()
+        except NotFoundError as error:
+            missing = error
+        if store is not None and (store.is_complete or _has_begun(store.objects)):
+            if has_said:
+                on_wait(None)
+            return store
+        moment = clock()
+        is_planned = missing is not None and planned_at is not None and is_being_planned(planned_at)
+        busy_at = moment if is_planned else busy_at
+        waiting = Waiting(
+            shard=None,
+            waited_s=moment - begun,
+            stalled_s=moment - busy_at,
+            producers=(),
+            is_planned=is_planned,
+        )
+        if waiting.stalled_s > patience_s:
+            what = missing or "the store is planned, and nobody was seen building it"
+            raise StalledError(
+                f"{what} Waited for {waiting.waited_s:.0f} s. Run 'actcache build', then this again."
+            ) from missing
+        if moment - said_at >= _LAST_POLL_S or not has_said:
+            on_wait(waiting)
+            said_at, has_said = moment, True
+        sleep(_LAST_POLL_S / 4)
+
+
+def _has_begun(objects: Objects) -> bool:
+    """Whether it is known if a build has a disk budget: it was announced, or producers say that they have none."""
+    producers = read_producers(objects)
+    return read_budget(objects) is not None or (
+        bool(producers) and not any(state.is_bounded for state in producers)
+    )
 
 
 class Follower:

@@ -289,7 +289,17 @@ class Stream:
     @property
     def shards_per_window(self) -> int:
         """Shards that a window mixes."""
-        return self.selection.commit_shards or len(self._shards)
+        return min(self.selection.commit_shards or len(self._shards), len(self._shards))
+
+    def shards_for(self, n_rows: int) -> int:
+        """Shards that the first `n_rows` rows of an epoch come from, about: norms are not known before."""
+        order, n_seen = self._filling.order(0), 0
+        for window in range(order.n_windows):
+            n_seen += self._filling.rows_before_filters(0, window)
+            if n_seen * self.n_rows >= n_rows * self._filling.n_chunk_rows:
+                last = self._filling.shards_of(0, window)[-1]
+                return int(np.searchsorted(self._shards, last)) + 1
+        return len(self._shards)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of `epoch`, counted from 0."""

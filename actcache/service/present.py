@@ -23,6 +23,16 @@ def render(look: Look) -> RenderableType:
     return Group(*parts)
 
 
+def line(look: Look) -> str:
+    """The same in a few words, for a log."""
+    said = [f"{look.committed:,} of {look.n_shards:,} shards committed"]
+    if look.used_bytes is not None:
+        of = "" if look.budget is None else f" of {_size(look.budget.max_disk_bytes)}"
+        said.append(f"disk {_size(look.used_bytes)}{of}")
+    said += [f"{s.name} {s.phase} at shard {s.at_shard:,}, {s.rows:,} rows" for s, _silent in look.consumers]
+    return "; ".join([*said, f"bottleneck: {look.bottleneck}"])
+
+
 def _store(look: Look) -> RenderableType:
     share = look.committed / max(1, look.n_shards)
     lines = [
@@ -33,12 +43,16 @@ def _store(look: Look) -> RenderableType:
         ),
     ]
     if look.used_bytes is not None:
-        text = f"disk {look.used_bytes / 1e9:.2f} GB"
+        text = f"disk {_size(look.used_bytes)}"
         if look.budget is not None:
             frac = look.used_bytes / look.budget.max_disk_bytes
-            text = f"{_bar(frac)} {text} of {look.budget.max_disk_bytes / 1e9:.2f} GB"
+            text = f"{_bar(frac)} {text} of {_size(look.budget.max_disk_bytes)}"
         lines.append(Text(text))
     return Group(*lines)
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
 def _bar(share: float, width: int = 24) -> str:

@@ -6,9 +6,11 @@ temporary files and side arrays included. To make room, the lowest shards that n
 first that is written down, then their rows are deleted. Nothing is retired before room is needed.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +32,13 @@ from actcache.store.live import (
     now,
     read_consumers,
     read_expiry,
+    shards_needed,
 )
 from actcache.store.open import Catalog
 from actcache.store.retire import remove_retired, retire
 from actcache.version import __version__
+
+logger = logging.getLogger(__name__)
 
 IN_FLIGHT = 2
 """Shards that one producer may be working on: one the model runs on, one that is being written."""
@@ -93,9 +98,9 @@ def bounded_by(
     return make
 
 
-def shards_needed(keeps_shards: int, interval_shards: int, in_flight: int) -> int:
-    """Training shards that have to fit for producer and consumer to go on side by side."""
-    return keeps_shards + in_flight + max(1, interval_shards)
+def lift_budget(root: Path) -> None:
+    """Forget the disk budget of a store: what is built from now on stays."""
+    LocalLive(root).drop(BUDGET.rpartition("/")[2])
 
 
 class Retention:
@@ -163,16 +168,21 @@ class Retention:
             return
         in_flight = IN_FLIGHT * self.budget.n_workers
         known = [state for state in self._consumers().values() if state is not None]
-        keeps = max((state.keeps_shards for state in known), default=1)
-        interval = max((state.interval_shards for state in known), default=1)
-        least = self.least_bytes(shards_needed(keeps, interval, in_flight))
+        n_shards = max(
+            (
+                shards_needed(s.keeps_shards, s.interval_shards, s.begins_shards, in_flight=in_flight)
+                for s in known
+            ),
+            default=shards_needed(in_flight=in_flight),
+        )
+        least = self.least_bytes(n_shards)
         if least > self.budget.max_bytes:
             raise UsageError(
                 f"--max-disk {self.budget.max_bytes:,} bytes is too little. The least is {least:,}: "
-                f"{self._footprint.fixed_bytes:,} for the plan and its records, the holdout, and room for {keeps} shard(s) "
-                f"that a consumer mixes, {in_flight} in work and {max(1, interval)} between checkpoints, of up to "
-                f"{int(self._footprint.most.max()):,} bytes each. Give that much, or build with smaller shards "
-                f"(--sequences-per-shard or --shard-memory)."
+                f"{self._footprint.fixed_bytes:,} for the plan and its records, the holdout, and room for {n_shards} shards, "
+                f"of up to {int(self._footprint.most.max()):,} bytes each: those that a consumer mixes, {in_flight} in work, "
+                f"and those between checkpoints. Give that much, or build with smaller shards (--sequences-per-shard or "
+                f"--shard-memory)."
             )
 
     def _announce(self) -> None:
@@ -292,7 +302,7 @@ class Retention:
                 continue
             waiting_for.append(name)
         return Blocked(
-            f"no room for shard {shard}: {(self.used_bytes) / 1e9:.2f} of {self.budget.max_bytes / 1e9:.2f} GB are taken "
+            f"no room for shard {shard}: {self.used_bytes / 1e6:,.0f} of {self.budget.max_bytes / 1e6:,.0f} MB are taken "
             f"by shards {max(needed, held)} and on; waiting for {', '.join(said) or 'nobody'}",
             tuple(waiting_for),
         )
@@ -301,6 +311,12 @@ class Retention:
         for name, state in consumers.items():
             silent = self._watch.silent_s(name, None if state is None else state.beat)
             if name in why.waiting_for and silent > self.budget.expire_s:
+                logger.warning(
+                    "consumer %s has not been heard of for %.0f s while the disk budget was full, and is given up: shards are "
+                    "no longer kept for it",
+                    name,
+                    silent,
+                )
                 gone = Expiry(
                     name=name,
                     expired_at=now(),
@@ -308,13 +324,6 @@ class Retention:
                     needs_shard=self.catalog.grid.n_holdout_shards if state is None else state.needs_shard,
                 )
                 self._live.put(expired_file(name), encode(gone))
-                self._on_blocked(
-                    Blocked(
-                        f"consumer {name} has not been heard of for {silent:.0f} s and is given up: shards are no longer kept "
-                        f"for it",
-                        (),
-                    )
-                )
         if not self._consumers():
             raise ExpiredError(
                 f"no consumer is left: {', '.join(self.budget.consumers)} were not heard of for "
@@ -337,7 +346,7 @@ class Retention:
             raise UsageError(
                 f"the disk budget of {self.budget.max_bytes:,} bytes is too small: all consumers have saved and wait for shard "
                 f"{shard}, which does not fit beside the {keeps} they mix. The least is "
-                f"{self.least_bytes(shards_needed(keeps, 1, IN_FLIGHT * self.budget.n_workers)):,} bytes."
+                f"{self.least_bytes(shards_needed(keeps, in_flight=IN_FLIGHT * self.budget.n_workers)):,} bytes."
             )
         return since
 

@@ -4,16 +4,20 @@ Each has its own log, and a pipe for standard input that nobody writes to: when 
 the pipe ends, and a part that was told so (`TETHER`) ends itself as if it had been asked to.
 """
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from actcache.errors import UsageError
 
 TETHER = "ACTCACHE_TETHERED"
 """In the environment of a part: end when standard input does."""
@@ -53,6 +57,7 @@ def supervise(
     stop: Callable[[], bool],
     on_tick: Callable[[Mapping[str, int | None]], None] = lambda _codes: None,
     grace_s: float = 120.0,
+    keep_open: Sequence[int] = (),
 ) -> Ended:
     """Run all parts until the goal is reached, one fails, or `stop`; nobody is left running.
 
@@ -61,11 +66,13 @@ def supervise(
         stop: asked several times a second.
         on_tick: told as often, with the exit code of each part, None while it runs.
         grace_s: who was asked to stop and has not for so long is killed.
+        keep_open: file descriptors that the parts get too: see `held`.
     """
     running: dict[str, subprocess.Popen[bytes]] = {}
+    begins = {part.name: part.log.stat().st_size if part.log.exists() else 0 for part in parts}
     try:
         for part in parts:
-            running[part.name] = _start(part)
+            running[part.name] = _start(part, keep_open)
         while True:
             codes = {name: process.poll() for name, process in running.items()}
             on_tick(codes)
@@ -73,7 +80,10 @@ def supervise(
             if failed is not None:
                 _end(running.values(), grace_s)
                 return Ended(
-                    outcome="failed", part=failed.name, code=codes[failed.name] or 1, tail=tail_of(failed.log)
+                    outcome="failed",
+                    part=failed.name,
+                    code=codes[failed.name] or 1,
+                    tail=tail_of(failed.log, begins[failed.name]),
                 )
             if all(codes[part.name] == 0 for part in parts if part.is_goal):
                 _end(running.values(), grace_s)
@@ -91,7 +101,33 @@ def supervise(
                 process.stdin.close()
 
 
-def _start(part: Part) -> "subprocess.Popen[bytes]":
+@contextlib.contextmanager
+def held(path: Path, patience_s: float = 30.0) -> Iterator[int]:
+    """A lock that lasts until this process and every part that got its file descriptor have ended, however they do.
+
+    Raises:
+        UsageError: somebody else has it, and for so long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + patience_s
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UsageError(
+                        f"another 'actcache run' is at work in {path.parent}; wait for it, or give another --out"
+                    ) from error
+            time.sleep(_POLL_S)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _start(part: Part, keep_open: Sequence[int]) -> "subprocess.Popen[bytes]":
     part.log.parent.mkdir(parents=True, exist_ok=True)
     with part.log.open("ab") as log:
         return subprocess.Popen(
@@ -101,6 +137,7 @@ def _start(part: Part) -> "subprocess.Popen[bytes]":
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in a terminal goes to the supervisor alone, which asks each part once
             env={**os.environ, TETHER: "1"},
+            pass_fds=tuple(keep_open),
         )
 
 
@@ -117,16 +154,17 @@ def _end(processes: "Iterable[subprocess.Popen[bytes]]", grace_s: float) -> None
             process.wait()
 
 
-def tail_of(log: Path) -> str:
-    """The end of a log, whole lines."""
+def tail_of(log: Path, since: int = 0) -> str:
+    """The end of a log, whole lines; nothing of what was in it before byte `since`."""
     try:
         with log.open("rb") as found:
-            found.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            start = max(since, log.stat().st_size - _TAIL_BYTES)
+            found.seek(start)
             data = found.read()
     except FileNotFoundError:
         return ""
     lines = data.decode("utf-8", "replace").splitlines()
-    return "\n".join(lines[1 if len(data) == _TAIL_BYTES else 0 :][-20:])
+    return "\n".join(lines[1 if start > since else 0 :][-20:])
 
 
 def end_with_parent() -> None:

@@ -51,7 +51,7 @@ class ProducerState(_State):
     waiting_for   the consumers whose checkpoints it waits for.
     n_committed   shards committed in the store; n_shards of them in all.
     stage_s       seconds per stage of the pipeline.
-    used_bytes    on disk, where it has a budget.
+    used_bytes    on disk, where it has a budget; is_bounded: whether it has one.
     """
 
     nonce: str
@@ -71,6 +71,7 @@ class ProducerState(_State):
     tokens_per_s: float = 0.0
     stage_s: dict[str, float] = {}
     used_bytes: int | None = None
+    is_bounded: bool = False
 
     @property
     def who(self) -> str:
@@ -86,6 +87,7 @@ class ConsumerState(_State):
     needs_shard   the first shard that its last SAVED checkpoint still needs.
     at_shard      the first that it needs now: where it would be after saving.
     keeps_shards  how many shards a window mixes; interval_shards  how many it goes through between checkpoints.
+    begins_shards  how many it goes through before it can save its first checkpoint.
     rows, rows_per_s, waited_frac  so far; now; share of its time spent waiting for data.
     facts         whatever else it wants seen: loss, shuffle quality.
     """
@@ -101,6 +103,7 @@ class ConsumerState(_State):
     at_shard: int
     keeps_shards: int
     interval_shards: int = 0
+    begins_shards: int = 0
     rows: int = 0
     rows_per_s: float = 0.0
     waited_frac: float = 0.0
@@ -130,6 +133,13 @@ class Expiry(_State):
     expired_at: str
     silent_s: float
     needs_shard: int
+
+
+def shards_needed(
+    keeps_shards: int = 1, interval_shards: int = 1, begins_shards: int = 0, *, in_flight: int
+) -> int:
+    """Training shards that have to fit for producers and a consumer to go on side by side."""
+    return in_flight + max(keeps_shards + max(1, interval_shards), begins_shards)
 
 
 S = TypeVar("S", bound=_State)

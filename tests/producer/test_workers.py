@@ -301,9 +301,7 @@ def test_a_worker_that_wakes_after_another_committed_its_shard(kit, make_store, 
         assert actcache.open(out).is_complete
         wake.set()
         woken = sleeper.result(60)
-    assert other.n_built + other.n_adopted + woken.n_built + woken.n_adopted in (24, 25), (
-        "one of them twice at most"
-    )
+    assert other.n_built + other.n_adopted + woken.n_built + woken.n_adopted == 24, "each is committed once"
     assert all_files(out) == all_files(make_store(tmp_path, **MANY))
 
 
