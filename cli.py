@@ -71,7 +71,10 @@ Partial = Annotated[
     bool, typer.Option("--partial", help="Of an unfinished store, take the shards that are committed now.")
 ]
 StorePath = Annotated[
-    str, typer.Argument(metavar="STORE", help="A store: a folder, or an fsspec URL such as s3://...")
+    str,
+    typer.Argument(
+        metavar="STORE", help="A store: a folder, an fsspec URL such as s3://..., or grpc://HOST:PORT/NAME."
+    ),
 ]
 
 
@@ -199,9 +202,9 @@ def _service_options(location: str) -> dict[str, Any] | None:
     """What the environment says of a service: a token, and certificates by their files."""
     if not location.startswith("grpc"):
         return None
-    names = {"token": "ACTCACHE_TOKEN", "ca": "ACTCACHE_CA", "cert": "ACTCACHE_CERT", "key": "ACTCACHE_KEY"}
-    found = {name: os.environ.get(variable) for name, variable in names.items()}
-    return {name: value for name, value in found.items() if value}
+    names = ("ca", "cert", "key", "server_name")
+    found = {name: os.environ.get(f"ACTCACHE_{name.upper()}") for name in names}
+    return {name: value for name, value in {**found, "token": _read_token(None)}.items() if value}
 
 
 def _open(location: str) -> "Store":
@@ -1107,7 +1110,10 @@ def info(
     batches: Annotated[int, typer.Option(help="With --shuffle: batches to measure.")] = 200,
     as_json: Json = False,
 ) -> None:
-    """Say what a store holds: model, text, layers, size, how much of it is committed."""
+    """Say what a store holds: model, text, layers, size, how much of it is committed. Of grpc://HOST:PORT, which stores it serves."""
+    if _is_bare_service(store):
+        _list_service(store, as_json=as_json)
+        return
     catalog = _catalog(store)
     facts = _facts(catalog)
     if shuffle:
@@ -1220,6 +1226,26 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
         "digest": plan.digest,
         "captures": captures,
     }
+
+
+def _is_bare_service(location: str) -> bool:
+    """Whether a service is meant, and none of its stores by name."""
+    if not location.startswith("grpc"):
+        return False
+    from actcache.service.link import parse_address
+
+    return not parse_address(location).store
+
+
+def _list_service(location: str, *, as_json: bool) -> None:
+    from actcache.service.client import list_stores
+    from actcache.service.present import stores_table
+
+    found = list_stores(location, _service_options(location))
+    if as_json:
+        print(json.dumps({"stores": found}))
+    else:
+        Console().print(stores_table(location, found))
 
 
 @app.command()
@@ -1352,7 +1378,6 @@ def codecs(
     import tempfile
 
     from actcache.store.codec_sample import compare_codecs, sample_chunks
-    from actcache.store.open import open_catalog
     from actcache.store.present import codec_table
 
     if (store is None) == (model is None) or (model is None) != (corpus is None):
@@ -1369,7 +1394,7 @@ def codecs(
             )
             store, layers = str(folder), None
         assert store is not None
-        catalog = open_catalog(store)
+        catalog = _catalog(store)
         name = hook or ("resid_post" if "resid_post" in catalog.captures else sorted(catalog.captures)[0])
         capture = catalog.capture(name)
         chosen = _layers_to_try(layers, capture.capture.layers)
@@ -2570,7 +2595,9 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one and says which.")] = 8815,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="File with the token that every client must send. Or set ACTCACHE_TOKEN."),
+        typer.Option(
+            help="File with the token that every client must send. Or set ACTCACHE_TOKEN_FILE or ACTCACHE_TOKEN."
+        ),
     ] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(help="The service's certificate (PEM): serve over TLS.")
@@ -2637,12 +2664,15 @@ def serve(
 
 
 def _read_token(path: Path | None) -> str | None:
-    if path is None:
+    """A token out of a file, named here or by the environment; or out of the environment itself."""
+    named = os.environ.get("ACTCACHE_TOKEN_FILE")
+    if path is None and not named:
         return os.environ.get("ACTCACHE_TOKEN")
+    found, option = (path, "--token-file") if path is not None else (Path(named or ""), "ACTCACHE_TOKEN_FILE")
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise UsageError(f"--token-file {path}: {error.strerror}") from error
+        return found.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {found}: {getattr(error, 'strerror', 'it is no text')}") from error
 
 
 def _log_to_console() -> None:

@@ -181,10 +181,7 @@ class Filling:
         return self.shards_of(epoch, window)[0]
 
     def forget_before(self, epoch: int, window: int) -> None:
-        """What is known of shards that the `commit` order has left behind is let go of: a plan may have any number.
-
-        Files too: one that was deleted takes room on disk as long as somebody has it open.
-        """
+        """What is known of shards that the `commit` order has left behind is let go of: a plan may have any number."""
         if isinstance(self.order(epoch), CommitOrder):
             first = self.first_shard(epoch, window)
             for found in self._captures:
@@ -194,8 +191,6 @@ class Filling:
                 self._first_open = first
             if self.filter is not None:
                 self.filter.forget_before(first)
-            if self._files is not None:
-                self._files.close()
 
     def get(self, epoch: int, window: int) -> Filled:
         """The fill of a window: the one begun ahead, or one begun now, in whatever memory it takes."""

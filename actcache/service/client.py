@@ -109,6 +109,12 @@ def connect(url: str, storage_options: Mapping[str, Any] | None) -> tuple[Link, 
     )
 
 
+def list_stores(url: str, storage_options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The stores of a service: name, model, tokens, hooks with their layers. One that cannot be opened is left out."""
+    link = Link(parse_address(url).location, Credentials.of(storage_options or {}))
+    return link.ask("list", patience_s=_FIRST_CONTACT_S)["stores"]
+
+
 def open_objects(
     url: str,
     storage_options: Mapping[str, Any] | None = None,

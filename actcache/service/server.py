@@ -51,6 +51,7 @@ ACTIONS = {
     "size": "length of an object",
     "names": "names in a folder of a store",
     "put": "replace or remove the live file of a consumer",
+    "list": "the stores and what they hold: JSON",
     "health": "answers while the service does",
     "status": "what it serves, to whom, and how busy it is: JSON",
     "metrics": "the same numbers in Prometheus' text format",
@@ -134,7 +135,8 @@ class Server(flight.FlightServerBase):
         return flight.GeneratorStream(order.schema, self._rows(context, order, asked))
 
     def _rows(self, context: Any, order: Order, asked: WindowTicket) -> Iterator[Any]:
-        with self._answering("do_get rows", context) as is_over:
+        at = (order, asked.epoch, asked.window)
+        with self._answering("do_get rows", context) as is_over, self.cache.call(*at):
             yield from messages(self.cache, order, asked, is_over, self.numbers)
 
     def _order(self, asked: WindowTicket) -> Order:
@@ -187,7 +189,8 @@ class Server(flight.FlightServerBase):
         with self._answering("do_exchange", context):
             raise UsageError("nothing can be written here")
 
-    def _info(self, name: str) -> flight.FlightInfo | None:
+    def _facts(self, name: str) -> dict[str, Any] | None:
+        """What a store holds; None where it cannot be opened."""
         try:
             served = self.shelf.open(name)
             hooks = {n: list(c.capture.layers) for n, c in served.catalog.captures.items()}
@@ -197,11 +200,16 @@ class Server(flight.FlightServerBase):
             logger.warning("%s cannot be listed: %s", name, error)
             return None
         plan = served.catalog.plan
-        said = {"model": plan.request.model.name, "tokens": int(served.catalog.shards.stored.sum())}
-        said |= {"kept_tokens": plan.n_kept, "hooks": hooks, "plan": plan.digest}
+        found = {"model": plan.request.model.name, "tokens": int(served.catalog.shards.stored.sum())}
+        return found | {"kept_tokens": plan.n_kept, "hooks": hooks, "plan": plan.digest}
+
+    def _info(self, name: str) -> flight.FlightInfo | None:
+        said = self._facts(name)
+        if said is None:
+            return None
         schema = pa.schema([], metadata={"actcache": json.dumps(said)})
-        rows = sum(plan.n_kept * len(layers) for layers in hooks.values())
-        return flight.FlightInfo(schema, flight.FlightDescriptor.for_path(name), [], rows, -1)
+        n_rows = sum(said["kept_tokens"] * len(layers) for layers in said["hooks"].values())
+        return flight.FlightInfo(schema, flight.FlightDescriptor.for_path(name), [], n_rows, -1)
 
     def _epoch(self, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
         asked: StreamRequest = parse(StreamRequest, descriptor.command)
@@ -235,6 +243,9 @@ class Server(flight.FlightServerBase):
                 yield from self._read(parse(ReadRequest, body), is_over)
             elif action.type in ("size", "names", "put"):
                 yield _result(getattr(self, f"_{action.type}")(body))
+            elif action.type == "list":
+                found = [(name, self._facts(name)) for name in self.shelf.names()]
+                yield _result({"stores": [{"name": n, **facts} for n, facts in found if facts is not None]})
             elif action.type == "health":
                 yield _result(
                     {"status": "stopping" if self._is_stopping.is_set() else "ok", "version": __version__}

@@ -1,14 +1,14 @@
 """Windows decoded once and handed out to whoever asks: several trainers, and all ranks of each.
 
 A window is known by its order (the data and the selection, whatever the batch size), epoch and number. Together windows
-stay within a bound on memory. One may go once it was handed out and nobody has touched it for a moment, or nobody has
-for longer: a client that stalls loses its place here and nothing else, for what it is sent is a copy.
+stay within a bound on memory. One may go once it was handed out, no call is reading it and nobody has touched it for a
+moment, or nobody has for longer: a client that stalls loses its place here and nothing else, for what it is sent is a copy.
 """
 
 import re
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,8 @@ from actcache.store.open import CaptureCatalog
 from actcache.store.schema import digest_of
 
 _SERVED_IDLE_S = 0.2
-_IDLE_S = 2.0
+_IDLE_S = 5.0
+"""Shorter, and clients that are merely slow would have windows decoded again for every message."""
 _POLL_S = 0.02
 _MOST_ORDERS = 12
 """Each keeps up to 64 files open: together they stay below the 1,024 that a process usually may have."""
@@ -169,6 +170,7 @@ class WindowCache:
         self._threads, self._clock = threads, clock
         self._orders: OrderedDict[str, Order] = OrderedDict()
         self._entries: OrderedDict[tuple[str, int, int], Entry] = OrderedDict()
+        self._calls = Counter[tuple[str, int, int]]()
         self._changed = threading.Condition()
         self._free: list[NDArray[np.uint8]] = []
         self._is_closed = False
@@ -231,6 +233,20 @@ class WindowCache:
                 entry.n_users -= 1
                 entry.touched = self._clock()
                 self._changed.notify_all()
+
+    @contextmanager
+    def call(self, order: Order, epoch: int, window: int) -> Iterator[None]:
+        """A call that hands out a window, message by message: it is kept a while longer when the client is slow."""
+        key = (order.key, epoch, window)
+        with self._changed:
+            self._calls[key] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls[key] -= 1
+                if not self._calls[key]:
+                    del self._calls[key]
 
     def served(self, entry: Entry) -> None:
         """All that somebody wanted of a window was handed out."""
@@ -311,12 +327,9 @@ class WindowCache:
         for key, entry in list(self._entries.items()):
             if self._used() + n_bytes <= self.limit_bytes:
                 break
+            is_over = entry.was_served and key not in self._calls
             idle_s = moment - entry.touched
-            if (
-                entry.n_users
-                or not entry.fill.is_done
-                or idle_s < (_SERVED_IDLE_S if entry.was_served else _IDLE_S)
-            ):
+            if entry.n_users or not entry.fill.is_done or idle_s < (_SERVED_IDLE_S if is_over else _IDLE_S):
                 continue
             del self._entries[key]
             self._free += [rows.reshape(-1).view(np.uint8) for rows in entry.rows]

@@ -36,6 +36,7 @@ from actcache.service import link as link_module
 from actcache.service import received as received_module
 from actcache.service import rows as rows_module
 from actcache.service import server as server_module
+from actcache.service import windows as windows_module
 from actcache.service import wire
 from actcache.service.access import Access
 from actcache.service.client import open_catalog
@@ -429,8 +430,9 @@ def test_a_client_that_is_killed_leaves_nothing_behind(truth, serve, monkeypatch
     assert eventually(lambda: server.status()["active_calls"] == 0, 5)
 
 
-def test_a_client_that_stalls_keeps_little_and_stops_nobody(serve, tmp_path):
+def test_a_client_that_stalls_keeps_little_and_stops_nobody(serve, tmp_path, monkeypatch):
     """It is sent a few messages and no more; its window makes room for others' when they need it."""
+    monkeypatch.setattr(windows_module, "_IDLE_S", 1.0)
     truth = write_store(
         tmp_path / "s.zarr",
         n_sequences=80,
@@ -668,6 +670,21 @@ def test_patience_is_for_the_server_to_be_heard_of(monkeypatch):
     with pytest.raises(UnreachableError):
         link._until(attempt, "do_get", None)
     assert next(tries) > 50
+
+
+def test_slow_clients_do_not_have_windows_decoded_again(truth, serve, monkeypatch):
+    """Every message takes longer than a window that was handed out is kept: each window is still decoded once."""
+    monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 1 << 13)
+    monkeypatch.setattr(windows_module, "_SERVED_IDLE_S", 0.0)
+    probe = serve(truth.root)
+    with actcache.open(url_of(probe)).stream(**SMALL) as stream:
+        next(iter(stream))
+    server = serve(truth.root, memory_bytes=int(2.5 * probe.cache.used_bytes / probe.cache.n_windows))
+    with actcache.open(url_of(server)).stream(**SMALL) as stream:
+        n_rows = sum(len(batch) for batch in stream)
+        n_windows = stream._filling.order(0).n_windows
+    assert n_rows == len(truth.kept())
+    assert server.status()["windows_decoded"] == n_windows
 
 
 def test_a_commit_made_while_served_is_seen(planned, serve):
