@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from actcache.producer.settings import Settings
     from actcache.producer.summary import BuildReporter, BuildSummary
     from actcache.producer.workers import Rank
+    from actcache.reader.access import Store
+    from actcache.reader.consumer import Consumer
+    from actcache.reader.follow import Waiting
     from actcache.reader.stream import Stream
+    from actcache.service.retention import DiskBudget
     from actcache.store.open import Catalog
     from actcache.store.schema import Grid
     from analysis.evaluation import EvalReport
@@ -68,7 +72,10 @@ Partial = Annotated[
     bool, typer.Option("--partial", help="Of an unfinished store, take the shards that are committed now.")
 ]
 StorePath = Annotated[
-    str, typer.Argument(metavar="STORE", help="A store: a folder, or an fsspec URL such as s3://...")
+    str,
+    typer.Argument(
+        metavar="STORE", help="A store: a folder, an fsspec URL such as s3://..., or grpc://HOST:PORT/NAME."
+    ),
 ]
 
 
@@ -140,6 +147,25 @@ def _progress(unit: str, *, quiet: bool) -> _Progress:
     )
 
 
+class _News:
+    """What is waited for: a line below the bars; where that is no terminal, a line now and then."""
+
+    _EVERY_S = 30.0
+
+    def __init__(self, progress: _Progress, *, quiet: bool) -> None:
+        self._progress, self._is_quiet = progress, quiet
+        self._said_at = -self._EVERY_S
+
+    def say(self, text: str | None) -> None:
+        """None: nothing any more."""
+        self._progress.news = text or ""
+        if self._is_quiet or console.is_terminal or text is None:
+            return
+        if time.monotonic() - self._said_at >= self._EVERY_S:
+            self._said_at = time.monotonic()
+            console.print(text, highlight=False, soft_wrap=True)
+
+
 def _bytes(n: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
@@ -171,6 +197,30 @@ def _device(name: str) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
     return name
+
+
+def _service_options(location: str) -> dict[str, Any] | None:
+    """What the environment says of a service: a token, and certificates by their files."""
+    if not location.startswith("grpc"):
+        return None
+    names = ("ca", "cert", "key", "server_name")
+    found = {name: os.environ.get(f"ACTCACHE_{name.upper()}") for name in names}
+    return {name: value for name, value in {**found, "token": _read_token(None)}.items() if value}
+
+
+def _open(location: str) -> "Store":
+    return actcache.open(location, _service_options(location))
+
+
+def _catalog(location: str) -> "Catalog":
+    """A store without what reading rows takes: no torch is imported for a folder."""
+    if location.startswith("grpc"):
+        from actcache.service.client import open_catalog as open_remote
+
+        return open_remote(location, _service_options(location))
+    from actcache.store.open import open_catalog
+
+    return open_catalog(location)
 
 
 @contextlib.contextmanager
@@ -345,6 +395,29 @@ def build(
         str | None,
         typer.Option(help="With --engine ray: a running cluster, such as auto. Default: on this machine."),
     ] = None,
+    max_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The store never takes more than this: shards are deleted once no consumer's saved checkpoint needs them, and "
+            "the build waits until there is room. Read it with 'actcache train --follow --consumer NAME'. none lifts an "
+            "earlier one.",
+        ),
+    ] = None,
+    consumers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="With --max-disk: names of the trainers that shards are kept for; all are waited for.",
+        ),
+    ] = None,
+    expire_after: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="With --max-disk: a consumer that is in the way and not heard of for so long is given up.",
+        ),
+    ] = 3600.0,
     add: Annotated[
         bool,
         typer.Option(
@@ -357,16 +430,64 @@ def build(
     """Run a language model over text and cache its activations. Run the same command again to continue."""
     options = {name: value for name, value in locals().items() if name != "ctx"}
     _check_build_choices(options)
+    _end_with_supervisor()
     _quiet_transformers()
-    if add:
-        said = {name: ctx.get_parameter_source(name) for name in options}
-        summary = _add(
-            options, {name for name, source in said.items() if source and source.name != "DEFAULT"}
-        )
-    else:
-        summary = _build_new(options)
+    given = {name for name in options if _is_given(ctx, name)}
+    summary = _add(options, given) if add else _build_new(options, given)
     if as_json:
         print(json.dumps(summary.as_json()))
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _end_with_supervisor() -> None:
+    """As a part of 'actcache run': end when it is gone."""
+    from actcache.service.supervise import TETHER, end_with_parent
+
+    if os.environ.get(TETHER):
+        end_with_parent()
+
+
+def _disk_budget(options: dict[str, Any], n_workers: int) -> "DiskBudget | None":
+    """What --max-disk and what goes with it say; an earlier budget is lifted where that is asked for."""
+    from actcache.service.retention import DiskBudget, lift_budget
+
+    text, consumers = options["max_disk"], options["consumers"]
+    if (text in (None, "none")) != (consumers is None):
+        raise UsageError(
+            "--max-disk and --consumers go together: how much, and who reads the shards before they go (--consumers a,b)"
+        )
+    if text is None:
+        return None
+    if options["engine"] == "ray":
+        raise UsageError(
+            "--max-disk with --engine ray: not there yet; start the workers with torchrun or Slurm"
+        )
+    if text == "none":
+        if options["out"].is_dir():
+            lift_budget(options["out"])
+        return None
+    names = tuple(name.strip() for name in consumers.split(",") if name.strip())
+    return DiskBudget(
+        max_bytes=_size(text), consumers=names, expire_s=options["expire_after"], n_workers=n_workers
+    )
+
+
+_SHARDS_OF_BUDGET = 20
+
+
+def _shard_memory(options: dict[str, Any], given: set[str]) -> int:
+    """For two shards being filled. With a disk budget, unless told otherwise, twenty shards fit into it."""
+    if options["max_disk"] in (None, "none") or given & {"shard_memory", "sequences_per_shard"}:
+        return _size(options["shard_memory"])
+    from actcache.store.open import open_catalog
+
+    if (options["out"] / "zarr.json").exists():  # another budget than before changes no plan
+        return open_catalog(str(options["out"])).plan.request.shard_memory_bytes
+    return min(_size(options["shard_memory"]), max(1, _size(options["max_disk"]) * 2 // _SHARDS_OF_BUDGET))
 
 
 _OF_THE_RUN = frozenset(
@@ -406,7 +527,7 @@ def _open_corpus(options: dict[str, Any], tokenizer: Any, n_ids: int) -> tuple["
     return corpus, " + ".join(source.name for source in corpus.sources)
 
 
-def _settings(options: dict[str, Any], n_layers: int) -> "Settings":
+def _settings(options: dict[str, Any], n_layers: int, shard_memory_bytes: int) -> "Settings":
     from actcache.model import parse_layers
     from actcache.producer.settings import Settings
 
@@ -428,7 +549,7 @@ def _settings(options: dict[str, Any], n_layers: int) -> "Settings":
         seed=options["seed"],
         batch_size=options["batch_size"],
         sequences_per_shard=options["sequences_per_shard"],
-        shard_memory_bytes=_size(options["shard_memory"]),
+        shard_memory_bytes=shard_memory_bytes,
     )
 
 
@@ -444,7 +565,7 @@ def _load(options: dict[str, Any], dtype: str, device: str) -> Any:
     )
 
 
-def _build_new(options: dict[str, Any]) -> "BuildSummary":
+def _build_new(options: dict[str, Any], given: set[str]) -> "BuildSummary":
     from actcache.model import load_skeleton, load_tokenizer
     from actcache.producer.build import default_encode_threads
     from actcache.producer.workers import local_rank_in
@@ -452,10 +573,11 @@ def _build_new(options: dict[str, Any]) -> "BuildSummary":
     tokenizer = load_tokenizer(options["model"], options["revision"])
     skeleton = load_skeleton(options["model"], revision=options["revision"])
     corpus, name = _open_corpus(options, tokenizer, skeleton.vocab_size)
-    settings = _settings(options, skeleton.n_layers)  # mistakes are found before weights are loaded
-    if options["engine"] == "ray":
-        return _build_on_ray(options, settings, tokenizer, corpus, name)
     rank, (local_rank, n_local) = _rank(options), local_rank_in(os.environ)
+    budget = _disk_budget(options, rank.world_size)
+    settings = _settings(options, skeleton.n_layers, _shard_memory(options, given))
+    if options["engine"] == "ray":  # until here: mistakes are found before weights are loaded
+        return _build_on_ray(options, settings, tokenizer, corpus, name)
     device = _device(options["device"])
     if device == "cuda" and n_local > 1:
         device = f"cuda:{local_rank}"
@@ -469,6 +591,7 @@ def _build_new(options: dict[str, Any]) -> "BuildSummary":
         rank=rank,
         encode_threads=options["encode_threads"] or default_encode_threads(decoder.device.type, n_local),
         allow_non_finite=options["allow_non_finite"],
+        budget=budget,
         quiet=options["as_json"] or rank.rank > 0,
     )
 
@@ -582,14 +705,19 @@ def _build(
     rank: "Rank | None" = None,
     encode_threads: int | None = None,
     allow_non_finite: bool = False,
+    budget: "DiskBudget | None" = None,
     quiet: bool,
 ) -> "BuildSummary":
     from actcache.producer.build import build
+    from actcache.service.retention import bounded_by
 
-    return _run_build(
-        settings.out,
-        settings.n_tokens,
-        lambda reporter: build(
+    def work(reporter: "BuildReporter") -> "BuildSummary":
+        admission = None
+        if budget is not None:
+            admission = bounded_by(
+                budget, lambda blocked: reporter.on_blocked(None if blocked is None else blocked.reason)
+            )
+        return build(
             settings,
             decoder,
             tokenizer,
@@ -598,10 +726,12 @@ def _build(
             rank=rank,
             encode_threads=encode_threads,
             allow_non_finite=allow_non_finite,
+            admission=admission,
+            max_disk_bytes=None if budget is None else budget.max_bytes,
             reporter=reporter,
-        ),
-        quiet=quiet,
-    )
+        )
+
+    return _run_build(settings.out, settings.n_tokens, work, quiet=quiet)
 
 
 def _run_build(
@@ -622,11 +752,13 @@ def _run_build(
             if not quiet:
                 _print_forecast(out, grid, size)
 
+        news = _News(progress, quiet=quiet)
         reporter = BuildReporter(
             on_tokens=lambda n: progress.update(planning, completed=n, visible=True),
             on_forecast=forecast,
             on_start=started,
             on_forward=lambda n: progress.advance(running, n),
+            on_blocked=news.say,
         )
         terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -669,9 +801,12 @@ def _print_build(summary: "BuildSummary") -> None:
     console.print(
         f"{summary.n_tokens:,} tokens in {summary.filling_s:.1f} s ({summary.tokens_per_s:,.0f} tok/s, "
         f"{_bytes(summary.bytes_per_s)}/s); {_bytes(summary.raw_bytes)} -> {_bytes(summary.disk_bytes)} "
-        f"({summary.ratio:.2f}x); the bottleneck was: {summary.bottleneck}",
+        f"({summary.ratio:.2f}x); the bottleneck was: {summary.bottleneck}"
+        + (f"; waited {summary.blocked_s:.0f} s for room on disk" if summary.blocked_s else ""),
         highlight=False,
     )
+    if summary.was_enough:
+        console.print("ended before the last shard: no consumer needs more")
 
 
 # plan
@@ -690,6 +825,7 @@ def _like_build(
         del own["ctx"]
         last = own.pop("as_json")
         parameters = [p for p in {**own, **changed, "as_json": last}.values() if p is not None]
+        parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)
 
         @functools.wraps(command)
         def call(**options: Any) -> None:
@@ -719,6 +855,9 @@ def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     device=None,
     device_map=None,
     encode_threads=None,
+    max_disk=None,
+    consumers=None,
+    expire_after=None,
     add=None,
     read=_option(
         "read",
@@ -754,7 +893,7 @@ def plan(options: dict[str, Any]) -> None:
     decoder = load_skeleton(options["model"], revision=options["revision"])
     tokenizer = load_tokenizer(options["model"], options["revision"])
     corpus, _name = _open_corpus(options, tokenizer, decoder.vocab_size)
-    settings = _settings(options, decoder.n_layers)
+    settings = _settings(options, decoder.n_layers, _size(options["shard_memory"]))
     with _progress("tok", quiet=options["as_json"]) as progress:
         task = progress.add_task("tokenise", total=settings.n_tokens, visible=False)
         found = make_forecast(
@@ -972,13 +1111,14 @@ def info(
     batches: Annotated[int, typer.Option(help="With --shuffle: batches to measure.")] = 200,
     as_json: Json = False,
 ) -> None:
-    """Say what a store holds: model, text, layers, size, how much of it is committed."""
-    from actcache.store.open import open_catalog
-
-    catalog = open_catalog(store)
+    """Say what a store holds: model, text, layers, size, how much of it is committed. Of grpc://HOST:PORT, which stores it serves."""
+    if _is_bare_service(store):
+        _list_service(store, as_json=as_json)
+        return
+    catalog = _catalog(store)
     facts = _facts(catalog)
     if shuffle:
-        with actcache.open(store).stream(
+        with _open(store).stream(
             batch_size=batch_size,
             window_rows=window_rows,
             order=order,  # type: ignore[arg-type]
@@ -1041,14 +1181,14 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
     stored = int(catalog.shards.stored.sum())
     captures = {}
     for name, found in catalog.captures.items():
-        committed = found.committed()
-        rows = sum(int(catalog.shards.stored[s]) for s in committed)
+        committed, live = found.committed(), found.live()
+        rows = sum(int(catalog.shards.stored[s]) for s in live)
         itemsize = 4 if found.capture.dtype == "float32" else 2
-        disk = sum(found.record(s).rows_bytes for s in committed)
+        disk = sum(found.record(s).rows_bytes for s in live)
         raw = rows * len(found.capture.layers) * found.capture.width * itemsize
-        totals = [found.side("totals", s)[0] for s in committed]
+        totals = [found.side("totals", s)[0] for s in live]
         n_kept, norm_sum = (sum(t[:, i] for t in totals) for i in (0, 1))
-        errors = quantisation_errors(found, committed).values() if is_quantised(found.capture) else ()
+        errors = quantisation_errors(found, live).values() if is_quantised(found.capture) else ()
         captures[name] = {
             "hook": found.capture.hook,
             "layers": list(found.capture.layers),
@@ -1078,6 +1218,7 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
         "sequences": grid.n_sequences,
         "shards": grid.n_shards,
         "holdout_shards": grid.n_holdout_shards,
+        "retired_shards": len(next(iter(catalog.captures.values())).retired()),
         "rows_per_shard": grid.rows_per_shard,
         "rows_per_chunk": grid.rows_per_chunk,
         "exclude_first": request.exclude_first,
@@ -1088,6 +1229,26 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
     }
 
 
+def _is_bare_service(location: str) -> bool:
+    """Whether a service is meant, and none of its stores by name."""
+    if not location.startswith("grpc"):
+        return False
+    from actcache.service.link import parse_address
+
+    return not parse_address(location).store
+
+
+def _list_service(location: str, *, as_json: bool) -> None:
+    from actcache.service.client import list_stores
+    from actcache.service.present import stores_table
+
+    found = list_stores(location, _service_options(location))
+    if as_json:
+        print(json.dumps({"stores": found}))
+    else:
+        Console().print(stores_table(location, found))
+
+
 @app.command()
 def verify(
     store: StorePath,
@@ -1095,23 +1256,30 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte of a store and compare it with what was committed. Exit 1 and a list when anything differs."""
-    from actcache.store.open import open_catalog
     from actcache.store.verify import find_problems
 
-    catalog = open_catalog(store)
+    catalog = _catalog(store)
     committed = {name: len(found.committed()) for name, found in catalog.captures.items()}
+    n_live = sum(len(found.live()) for found in catalog.captures.values())
+    n_retired = len(next(iter(catalog.captures.values())).retired())
     with _progress("shards", quiet=as_json) as progress:
-        task = progress.add_task("verify", total=catalog.grid.n_shards + sum(committed.values()))
+        task = progress.add_task("verify", total=catalog.grid.n_shards + n_live)
         problems = find_problems(catalog, threads, lambda: progress.advance(task))
     if as_json:
-        report = {"store": store, "shards": catalog.grid.n_shards, "committed": committed}
+        report = {
+            "store": store,
+            "shards": catalog.grid.n_shards,
+            "committed": committed,
+            "retired": n_retired,
+        }
         print(json.dumps({**report, "problems": [p._asdict() for p in problems]}))
     else:
         for problem in problems:
             print(f"{problem.object}: {problem.what}")
         counts = ", ".join(f"{name} {n} of {catalog.grid.n_shards} shards" for name, n in committed.items())
         console.print(
-            f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}; committed: {counts}",
+            f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}; committed: {counts}"
+            + (f"; {n_retired} retired, their rows are gone as planned" if n_retired else ""),
             highlight=False,
         )
     if problems:
@@ -1231,10 +1399,9 @@ def bench_(
 ) -> None:
     """Measure what limits reading a store here: memory, disk, decoding, the stream; name the bottleneck."""
     from actcache.reader.bench import bench
-    from actcache.store.open import open_catalog
 
-    opened = actcache.open(store)
-    catalog = open_catalog(store)
+    opened = _open(store)
+    catalog = _catalog(store)
     capture = catalog.capture(hook or ("resid_post" if "resid_post" in catalog.captures else opened.hooks[0]))
     found = bench(
         lambda: opened.stream(
@@ -1312,7 +1479,6 @@ def codecs(
     import tempfile
 
     from actcache.store.codec_sample import compare_codecs, sample_chunks
-    from actcache.store.open import open_catalog
     from actcache.store.present import codec_table
 
     if (store is None) == (model is None) or (model is None) != (corpus is None):
@@ -1329,7 +1495,7 @@ def codecs(
             )
             store, layers = str(folder), None
         assert store is not None
-        catalog = open_catalog(store)
+        catalog = _catalog(store)
         name = hook or ("resid_post" if "resid_post" in catalog.captures else sorted(catalog.captures)[0])
         capture = catalog.capture(name)
         chosen = _layers_to_try(layers, capture.capture.layers)
@@ -1478,6 +1644,34 @@ def train(
             help="Of an unfinished store, train on the shards that are committed now; --resume goes on with the same ones.",
         ),
     ] = False,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="global: mixed over the whole store. commit: shard by shard as planned, mixing the last few, which is how a build "
+            "is followed; also of a finished store, with the same result. auto: commit with --follow, else global."
+        ),
+    ] = "auto",
+    commit_shards: Annotated[int, typer.Option(help="With --order commit: shards mixed together.")] = 4,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow",
+            help="Train while the store is built, from before it is there: wait for shards that are not committed yet.",
+        ),
+    ] = False,
+    consumer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --follow: which of the build's --consumers this is; shards go once its saved checkpoint is past them.",
+        ),
+    ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", help="With --follow: give up when no producer was heard of for so long."
+        ),
+    ] = 600.0,
     lens: Annotated[
         Path | None,
         typer.Option(
@@ -1496,7 +1690,12 @@ def train(
             help="auto: triton on a GPU where it is installed, else sparse. Or reference, sparse, triton."
         ),
     ] = "auto",
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between checkpoints. Default: 1000; fewer where a disk budget has no room for so many rows."
+        ),
+    ] = None,
     keep: Annotated[
         int, typer.Option(help="Newest checkpoints kept; the best on held-out rows is kept too.")
     ] = 2,
@@ -1523,6 +1722,14 @@ def train(
     from trainer import trackers
     from trainer.sweep import parse_setting, value_of
 
+    _end_with_supervisor()
+    _choice("order", order, ("auto", "global", "commit"))
+    if follow and order == "global":
+        raise UsageError(
+            "--follow goes through shards as they are committed: leave --order out, or --order commit"
+        )
+    if consumer is not None and not follow:
+        raise UsageError(f"--consumer {consumer} is for --follow: a finished store keeps all its shards")
     given = {name: value_of(text) for name, text in map(parse_setting, settings or [])}
     if rows is None and epochs is None and not {"rows", "epochs"} & given.keys():
         epochs = 1
@@ -1551,6 +1758,11 @@ def train(
         "run_chunks": run_chunks,
         "partial": (resume and _frozen_shards(out)) or partial,
         "partitions": partitions,
+        "order": "commit" if follow or order == "commit" else "global",
+        "commit_shards": commit_shards,
+        "follow": follow,
+        "consumer": consumer,
+        "patience_s": patience,
         "memory": None if memory is None else _size(memory),
     }
     if (form == "transcoder") != (hook is not None and target_hook is not None):
@@ -1596,7 +1808,10 @@ def _stream(store: Any, selection: dict[str, Any], **more: Any) -> "Stream":
     layers = selection["layers"]
     if isinstance(layers, str):
         layers = parse_layers(layers, store.plan.request.model.n_layers)
-    names = ("hook", "stack", "outlier_norm_ratio", "window_rows", "run_chunks", "partitions", "memory")
+    names = (
+        *("hook", "stack", "outlier_norm_ratio", "window_rows", "run_chunks", "partitions", "memory"),
+        *("order", "commit_shards", "follow", "consumer", "patience_s"),
+    )
     chosen = {name: selection[name] for name in names if selection.get(name) is not None}
     return store.stream(layers=layers, **chosen, **more)
 
@@ -1637,27 +1852,41 @@ def _train(
 ) -> "RunSummary":
     import torch
 
+    from actcache.flow import StopWaiting
     from trainer.checkpoint import load_sae
     from trainer.forms import FORMS
     from trainer.kernels import make_kernels
     from trainer.lens import load_lens
     from trainer.loop import train_many
     from trainer.ranks import leave
+    from trainer.reports import RunSummary
     from trainer.sweep import make_configs
 
     config = next(iter(make_configs(settings, sweeps or []).values()))
     selection = {**selection, "stack": FORMS[config.form].stack}
-    store = actcache.open(location)
     ranks, device = _processes(device)
     chosen_kernels = make_kernels(kernels, device)
     shown = not quiet and ranks.is_first
-    reading = {
-        "device": device,
-        "dtype": torch.float32,
-        "rank": ranks.rank,
-        "world_size": ranks.size,
-    }
-    with contextlib.ExitStack() as stack:
+    summary = RunSummary(outcome="stopped", step=0, rows=0, elapsed_s=0.0, waited_s=0.0)
+    with contextlib.suppress(StopWaiting), contextlib.ExitStack() as stack:
+        progress = stack.enter_context(_progress("rows", quiet=not shown))
+        stop = stack.enter_context(_stop_on_signals())
+        news = _News(progress, quiet=not shown)
+        follows = bool(selection.get("follow"))
+
+        def waits(waiting: "Waiting | None") -> None:
+            if stop.is_set():
+                raise StopWaiting
+            news.say(None if waiting is None else str(waiting))
+
+        store = _open_to_follow(location, selection["patience_s"], waits) if follows else _open(location)
+        reading = {
+            "device": device,
+            "dtype": torch.float32,
+            "rank": ranks.rank,
+            "world_size": ranks.size,
+            "on_wait": waits if follows else None,
+        }
         source = stack.enter_context(
             _stream(
                 store,
@@ -1671,16 +1900,20 @@ def _train(
         )
         held_out = None
         if config.eval_every_steps is not None:
-            held_out = stack.enter_context(
-                _stream(store, selection, split="holdout", batch_size=min(config.batch_rows, 4096), **reading)
-            )
+            held_out = stack.enter_context(_held_out(store, selection, config.batch_rows, reading))
+        if "checkpoint_every_steps" not in settings:
+            settings = {**settings, "checkpoint_every_steps": _checkpoint_steps(store, source)}
         configs = make_configs(settings, sweeps or [], source.layers if per_layer else None)
         if shown:
             _print_selection(store, source, selection)
             _print_memory(configs, source)
         n_total = config.rows if config.rows is not None else source.n_rows * (config.epochs or 1)
-        progress = stack.enter_context(_progress("rows", quiet=not shown))
-        stop = stack.enter_context(_stop_on_signals())
+        consumer = None
+        if selection.get("consumer") and ranks.is_first:
+            consumer = stack.enter_context(
+                _register(store, source, selection["consumer"], configs, out, resume=resume)
+            )
+        watch = _step_watcher(progress, progress.add_task("train", total=n_total))
         summary = train_many(
             source,
             configs,
@@ -1694,9 +1927,11 @@ def _train(
             trackers=boards,
             kernels=chosen_kernels,
             ranks=ranks,
-            on_step=_step_watcher(progress, progress.add_task("train", total=n_total)),
             stop=stop.is_set,
+            **_live_hooks(source, consumer, watch),
         )
+        if consumer is not None and summary.outcome != "stopped":
+            consumer.finished()
     if ranks.size > 1:
         leave()
     if shown:
@@ -1704,6 +1939,78 @@ def _train(
     elif quiet and ranks.is_first:
         print(json.dumps(asdict(summary)))
     return summary
+
+
+def _held_out(
+    store: "Store", selection: dict[str, Any], batch_rows: int, reading: dict[str, Any]
+) -> "Stream":
+    """Rows to evaluate on. A follower waits for them here, so that no process waits in the middle of an evaluation."""
+    found = _stream(store, selection, split="holdout", batch_size=min(batch_rows, 4096), **reading)
+    if found.follower is not None:
+        found.follower.wait_for(found.shard_numbers)
+    return found
+
+
+def _live_hooks(
+    source: "Stream", consumer: "Consumer | None", watch: "Callable[[StepReport], None]"
+) -> dict[str, Any]:
+    """What training tells a build that it follows, and what makes it save when that build waits for it."""
+
+    def offer_save(save: Callable[[], None]) -> None:
+        if source.follower is not None:
+            source.follower.on_starved = save
+
+    if consumer is None:
+        return {"on_step": watch, "offer_save": offer_save}
+
+    def on_step(report: "StepReport") -> None:
+        watch(report)
+        consumer.update(rows=report.rows, loss=report.loss)
+
+    return {"on_step": on_step, "on_saved": consumer.saved, "offer_save": offer_save}
+
+
+def _open_to_follow(location: str, patience_s: float, waits: "Callable[[Waiting | None], None]") -> "Store":
+    from actcache.reader.follow import wait_for_store
+
+    planned_at = None if "://" in location else Path(location)
+    return wait_for_store(lambda: _open(location), planned_at, patience_s=patience_s, on_wait=waits)
+
+
+def _checkpoint_steps(store: "Store", source: "Stream") -> int:
+    """Steps between checkpoints where nobody says: fewer where a disk budget has no room for so many rows."""
+    from actcache.reader.consumer import rows_that_fit
+    from trainer.config import TrainConfig
+
+    most = TrainConfig.model_fields["checkpoint_every_steps"].default
+    rows = None if source.follower is None else rows_that_fit(source, store.objects)
+    return most if rows is None else max(1, min(most, rows // source.selection.batch_size))
+
+
+def _register(
+    store: "Store",
+    source: "Stream",
+    name: str,
+    configs: "dict[str, TrainConfig]",
+    out: Path,
+    *,
+    resume: bool,
+) -> "Consumer":
+    """Tell the build from where on shards are needed: from the checkpoint that the run will go on from."""
+    from trainer.begin import saved_cursor
+    from trainer.window import first_batches
+
+    config = next(iter(configs.values()))
+    cursor = saved_cursor(out, configs) if resume else None
+    if cursor is not None:
+        source.load_state_dict(cursor)
+    first = first_batches(config, len(source.layers)) * config.batch_rows
+    return store.register(
+        name,
+        source,
+        checkpoint_rows=config.checkpoint_every_steps * config.batch_rows,
+        first_rows=0 if cursor is not None else first,
+    )
 
 
 def _provenance(store: Any, location: str, selection: dict[str, Any], source: "Stream") -> dict[str, Any]:
@@ -1714,12 +2021,31 @@ def _provenance(store: Any, location: str, selection: dict[str, Any], source: "S
         "model": request.model.as_json(),
         "corpus": request.corpus.name,
         "selection": {
-            **{k: v for k, v in selection.items() if k not in ("memory", "partial", "partitions")},
+            **{name: value for name, value in selection.items() if name not in _NOT_OF_ROWS},
+            **_limits_found(source),
             "layers": list(source.layers),
         },
         "order": source.settings,
         "actcache_version": actcache.__version__,
     }
+
+
+def _limits_found(source: "Stream") -> dict[str, Any]:
+    """Of the `commit` order the norm limits themselves: what they were measured on may be deleted later."""
+    limits = source.selection.rules.norm_limits
+    if source.selection.order != "commit" or limits is None:
+        return {}
+    by_layer = {str(layer): limit for layer, limit in zip(source.layers, limits, strict=True)}
+    return {"outlier_norm_ratio": None, "norm_limits": by_layer}
+
+
+_NOT_OF_ROWS = frozenset(
+    (
+        *("memory", "partial", "partitions"),
+        *("order", "commit_shards", "follow", "consumer", "patience_s"),
+    )
+)
+"""Parts of a selection that change nothing about which rows an SAE is for."""
 
 
 def _print_selection(store: Any, source: "Stream", selection: dict[str, Any]) -> None:
@@ -1730,11 +2056,17 @@ def _print_selection(store: Any, source: "Stream", selection: dict[str, Any]) ->
         f"(first {plan.request.exclude_first} positions and special tokens)"
         + (
             f", {source.n_dropped:,} rows of more than {selection['outlier_norm_ratio']:g} x their layer's median norm"
-            if selection["outlier_norm_ratio"]
+            if selection["outlier_norm_ratio"] and source.selection.order == "global"
             else ""
         ),
         highlight=False,
     )
+    if source.selection.order == "commit":
+        console.print(
+            f"in the order shards are committed in: each window mixes {source.shards_per_window} of "
+            f"{len(source.shard_numbers)} shards ('actcache info --shuffle --order commit' measures how well)",
+            highlight=False,
+        )
 
 
 def _print_memory(configs: dict[str, "TrainConfig"], source: "Stream") -> None:
@@ -1846,7 +2178,7 @@ def evaluate(
 
     _choice("patch-positions", patch_positions, ("kept", "all", "both"))
     _choice("split", split, ("holdout", "train"))
-    opened = actcache.open(store)
+    opened = _open(store)
     wanted = Wanted(
         split=split,  # type: ignore[arg-type]
         loss=loss,
@@ -1917,7 +2249,7 @@ def encode(
     from analysis.subject import load_subject
 
     _choice("split", split, ("holdout", "train"))
-    subject = load_subject(run, actcache.open(store), _device(device))
+    subject = load_subject(run, _open(store), _device(device))
     with _progress("rows", quiet=as_json) as progress:
         n_rows = sum(shard.passes.size for shard in subject.shards(split, tokens))  # type: ignore[arg-type]
         task = progress.add_task("encode", total=n_rows)
@@ -1992,7 +2324,7 @@ def analyze(
 
     _choice("split", split, ("holdout", "train"))
     _choice("patch-positions", patch_positions, ("kept", "all", "both"))
-    opened = actcache.open(store)
+    opened = _open(store)
     found = None if no_model else _load_model_of(opened, model, _device(device))
     request = Request(
         split=split,  # type: ignore[arg-type]
@@ -2087,7 +2419,7 @@ def lens_train(
     from trainer.lens import save_lens
 
     _choice("kind", kind, ("tuned", "scale", "whiten"))
-    opened = actcache.open(store)
+    opened = _open(store)
     choice = RowChoice(
         layers=None if layers is None else parse_layers(layers, opened.plan.request.model.n_layers),
         outlier_norm_ratio=outlier_norm_ratio or None,
@@ -2128,7 +2460,7 @@ def lens_import(
     from analysis.present import lens_facts, lens_renderable
     from trainer.lens import save_lens
 
-    opened = actcache.open(store)
+    opened = _open(store)
     plan = opened.plan.request.model
     chosen = opened.layers if layers is None else parse_layers(layers, plan.n_layers)
     lens = import_tuned_lens(folder, chosen, plan.n_layers, plan.width)
@@ -2280,7 +2612,7 @@ def import_sae(
     known = dict(found.provenance)
     if "imported" in known:
         known["imported"] = {**known["imported"], "from": source, "revision": revision}
-    opened = None if store is None else actcache.open(store)
+    opened = None if store is None else _open(store)
     chosen = _layers_of_sae(found, layers, opened, hooks[0])
     if opened is not None:
         if opened.width != found.width:
@@ -2342,6 +2674,339 @@ def _rows_of_sae(
         },
         "actcache_version": actcache.__version__,
     }
+
+
+# live: serve, top
+
+
+@app.command()
+def serve(
+    location: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE|DIR", help="A store (a folder or a URL), or a folder with stores in it."
+        ),
+    ],
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Where to listen. Anything but this machine needs a token or --client-ca, and TLS."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one and says which.")] = 8815,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the token that every client must send. Or set ACTCACHE_TOKEN_FILE or ACTCACHE_TOKEN."
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="The service's certificate (PEM): serve over TLS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(help="Let in only clients with a certificate signed by this one (PEM): mTLS."),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Bound on decoded windows, shared by all clients.")] = "4GiB",
+    threads: Annotated[int, typer.Option(help="Threads that decode, per order of rows.")] = 2,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Also answer Prometheus at http://127.0.0.1:PORT/metrics (this machine only)."),
+    ] = None,
+) -> None:
+    """Serve stores over Arrow Flight: `actcache.open("grpc://HOST:PORT/NAME")` is then the same store, and the same stream.
+
+    Windows are decoded once for all trainers and ranks that read the same order. Nothing is kept of a client: stop and start
+    the service as you like, trainers go on where they were.
+    """
+    from actcache.service.access import Access, read_pem
+    from actcache.service.server import Server
+
+    token = _read_token(token_file)
+    pems = {
+        name: None if path is None else read_pem(path, f"--{option}")
+        for name, option, path in (
+            ("cert", "tls-cert", tls_cert),
+            ("key", "tls-key", tls_key),
+            ("client_ca", "client-ca", client_ca),
+        )
+    }
+    _log_to_console()
+    server = Server(
+        location,
+        Access(token=token, **pems),
+        host=host,
+        port=port,
+        memory_bytes=_size(memory),
+        threads=threads,
+    )
+    scheme = "grpc" if tls_cert is None else "grpc+tls"
+    for name in server.shelf.names():
+        print(f"{scheme}://{host}:{server.port}/{name}", flush=True)
+    if metrics_port is not None:
+        from actcache.service.metrics import serve_http
+
+        found, _http = serve_http(server, "127.0.0.1", metrics_port)
+        console.print(f"metrics at http://127.0.0.1:{found}/metrics", highlight=False)
+    console.print("serving; Ctrl-C stops", highlight=False)
+    with _stop_on_signals() as stop:
+        while not stop.wait(1.0):
+            pass
+    status, was_clean = server.status(), server.stop()
+    console.print(
+        f"stopped after {status['up_s']:,.0f} s: {status['rows']:,} rows in {sum(status['calls'].values()):,} calls, "
+        f"{status['refused']:,} refused",
+        highlight=False,
+    )
+    if not was_clean:  # a client that does not read keeps its call open; nothing of ours is in it
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _read_token(path: Path | None) -> str | None:
+    """A token out of a file, named here or by the environment; or out of the environment itself."""
+    named = os.environ.get("ACTCACHE_TOKEN_FILE")
+    if path is None and not named:
+        return os.environ.get("ACTCACHE_TOKEN")
+    found, option = (path, "--token-file") if path is not None else (Path(named or ""), "ACTCACHE_TOKEN_FILE")
+    try:
+        return found.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {found}: {getattr(error, 'strerror', 'it is no text')}") from error
+
+
+def _log_to_console() -> None:
+    """What a service refuses, and what fails in it, with the time: its log."""
+    import logging
+
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+
+
+@app.command()
+def top(
+    location: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|URL", help="A store, a folder of 'actcache run', or grpc://HOST:PORT/NAME."
+        ),
+    ],
+    every: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Watch a store live: producers and their stages, disk of budget, consumers and how far behind they are, the bottleneck."""
+    from rich.live import Live
+
+    from actcache.service.present import render
+    from actcache.service.watch import Watcher
+
+    catalog, status = _watched(location)
+    watcher = Watcher(catalog)
+    if as_json or once:
+        look = watcher.look(status())
+        if as_json:
+            print(json.dumps(look.as_json()))
+        else:
+            Console().print(render(look))
+        return
+    with _stop_on_signals() as stop, Live(render(watcher.look(status())), console=Console()) as live:
+        while not stop.wait(every):
+            live.update(render(watcher.look(status())))
+
+
+def _watched(location: str) -> tuple["Catalog", Callable[[], dict[str, Any] | None]]:
+    """A store's catalog, and what asks its service, where there is one, how it is."""
+    if location.startswith("grpc"):
+        from actcache.service.client import connect
+
+        link, _name = connect(location, _service_options(location))
+        return _catalog(location), lambda: link.ask("status")
+    inside = Path(location) / "acts.zarr"
+    return _catalog(str(inside) if inside.is_dir() else location), lambda: None
+
+
+# run
+
+
+_CONSUMER = "sae"
+_FIRST_WINDOW_SHARE = 4
+
+
+def _names_of(name: str, declared: Any) -> str:
+    """The option of a parameter, as it is written."""
+    given = [text for text in declared.param_decls or () if text.startswith("--")]
+    return given[0] if given else f"--{name.replace('_', '-')}"
+
+
+def _as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options of `build` as they would be written, those that are as they are anyway left out."""
+    hints, found = get_type_hints(build, include_extras=True), list[str]()
+    for parameter in inspect.signature(build).parameters.values():
+        value = options.get(parameter.name, parameter.default)
+        if value == parameter.default or parameter.name in ("ctx", "as_json"):
+            continue
+        name = _names_of(parameter.name, hints[parameter.name].__metadata__[0])
+        if isinstance(value, list):
+            found += [text for item in value for text in (name, item)]
+        else:
+            found += [name] if value is True else [name, str(value)]
+    return found
+
+
+def _first_window_rows(options: dict[str, Any], out: Path) -> int:
+    """What fits into a quarter of the disk budget; in a run that was begun, what it began with."""
+    from actcache.model import load_skeleton
+    from trainer.config import TrainConfig
+
+    begun = next(out.glob("run/**/config.json"), None)
+    if begun is not None:
+        return TrainConfig.model_validate_json(begun.read_text(encoding="utf-8")).first_window_rows
+    width = load_skeleton(options["model"], revision=options["revision"]).width
+    itemsize = 4 if options["dtype"] == "float32" else 2
+    rows = _size(options["max_disk"]) // _FIRST_WINDOW_SHARE // (width * itemsize * len(_hooks(options)))
+    return max(1, min(TrainConfig.model_fields["first_window_rows"].default, rows))
+
+
+@app.command("run")
+@_like_build(
+    out=_option(
+        "out",
+        Annotated[Path, typer.Option(help="Folder of it all: acts.zarr, run, and logs of both processes.")],
+        inspect.Parameter.empty,
+    ),
+    max_disk=_option(
+        "max_disk",
+        Annotated[
+            str,
+            typer.Option(
+                metavar="SIZE",
+                help="The store never takes more than this, however many tokens it is of. Checkpoints come on top.",
+            ),
+        ],
+        inspect.Parameter.empty,
+    ),
+    sae=_option(
+        "sae",
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="NAME=VALUE",
+                help="Any setting of docs/reference/training.md, such as k=32 or expansion=16. Repeat.",
+            ),
+        ],
+        None,
+    ),
+    train_options=_option(
+        "train_options",
+        Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[-- OPTIONS]",
+                help="After two dashes: more options of 'actcache train', such as --per-layer.",
+            ),
+        ],
+        None,
+    ),
+    **dict.fromkeys(
+        ("consumers", "expire_after", "add", "rank", "world_size", "engine", "workers"),
+    ),
+    **dict.fromkeys(("gpus_per_worker", "cpus_per_worker", "ray_address")),
+)
+def run_(options: dict[str, Any]) -> None:
+    """Build and train side by side, within a disk budget: from a model and text to a trained SAE in one command.
+
+    The producer and the trainer are processes of their own. Ctrl-C stops both cleanly; the same command goes on where they
+    were. When one fails, so does the command, with the end of its log.
+    """
+    from actcache.service.supervise import Part, held, supervise
+
+    _check_build_choices({**options, "engine": "local"})
+    out: Path = options["out"]
+    me = [sys.executable, "-m", "cli"]
+    settings = [*(options["sae"] or [])]
+    if not any(text.startswith("first_window_rows=") for text in settings):
+        settings.append(f"first_window_rows={_first_window_rows(options, out)}")
+    building = _as_arguments(
+        {**options, "out": out / "acts.zarr", "consumers": _CONSUMER, "max_disk": options["max_disk"]}
+    )
+    training = [
+        *(str(out / "acts.zarr"), "--out", str(out / "run"), "--follow", "--consumer", _CONSUMER, "--resume"),
+        *("--device", options["device"], "--seed", str(options["seed"])),
+        *(text for setting in settings for text in ("--set", setting)),
+        *(options["train_options"] or ()),
+    ]
+    parts = [
+        Part(name="build", command=[*me, "build", *building], log=out / "logs/build.log"),
+        Part(name="train", command=[*me, "train", *training], log=out / "logs/train.log", is_goal=True),
+    ]
+    with (
+        held(out / "lock") as lock,
+        _stop_on_signals() as stop,
+        _watching(out, quiet=options["as_json"]) as tick,
+    ):
+        ended = supervise(parts, stop=stop.is_set, on_tick=lambda _codes: tick(), keep_open=[lock])
+    said = {
+        "outcome": ended.outcome,
+        "part": ended.part,
+        "store": str(out / "acts.zarr"),
+        "run": str(out / "run"),
+    }
+    if options["as_json"]:
+        print(json.dumps(said))
+    if ended.outcome == "failed":
+        console.print(Text(ended.tail), soft_wrap=True)
+        how = f"was killed by signal {-ended.code}" if ended.code < 0 else f"ended with status {ended.code}"
+        console.print(
+            Text(
+                f"{ended.part} {how}; its log is {out / 'logs' / f'{ended.part}.log'}. Nothing that was committed or saved is "
+                f"lost: run the same command again to continue."
+            ),
+            style="red",
+            soft_wrap=True,
+        )
+        raise typer.Exit(max(1, ended.code))
+    if ended.outcome == "stopped":
+        console.print(
+            "stopped; everything committed and saved is safe. Run the same command again to continue."
+        )
+        raise typer.Exit(130)
+    console.print(
+        f"{out / 'run'}: finished; 'actcache eval {out / 'run'} {out / 'acts.zarr'}' says how well",
+        soft_wrap=True,
+    )
+
+
+@contextlib.contextmanager
+def _watching(out: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
+    """What is called often, and looks at the store every second: a live view, or a line now and then in a log."""
+    from rich.live import Live
+
+    from actcache.service.present import line, render
+    from actcache.service.watch import Watcher
+
+    watcher, looked_at = None, -1e9
+    with contextlib.ExitStack() as stack:
+        live = None
+        if console.is_terminal and not quiet:
+            live = stack.enter_context(Live(Text("loading the model, tokenising the text"), console=console))
+        every_s = 1.0 if live is not None else 30.0
+
+        def tick() -> None:
+            nonlocal watcher, looked_at
+            if quiet or time.monotonic() - looked_at < every_s or not (out / "acts.zarr/zarr.json").exists():
+                return
+            looked_at = time.monotonic()
+            watcher = watcher or Watcher(_catalog(str(out / "acts.zarr")))
+            look = watcher.look()
+            if live is not None:
+                live.update(render(look))
+            else:
+                console.print(line(look), highlight=False, soft_wrap=True)
+
+        yield tick
 
 
 # demo

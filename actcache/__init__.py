@@ -28,20 +28,26 @@ def open(
     cache_dir: "str | os.PathLike[str] | None" = None,
     cache_bytes: int | None = None,
 ) -> "Store":
-    """Open a store for reading: a local folder or any fsspec URL.
+    """Open a store for reading: a local folder, any fsspec URL, or a service.
 
     Args:
-        location: a local folder, or s3://, gs://, az://, https://, memory://.
-        storage_options: credentials and endpoint of object storage, where the environment does not give them.
+        location: a local folder; s3://, gs://, az://, https://, memory://; grpc://HOST:PORT/NAME or grpc+tls://.
+        storage_options: credentials and endpoint of object storage, where the environment does not give them. Of a service:
+            `token`, `ca`, `cert`, `key`, `server_name`.
         cache_dir: a local folder where chunks read from a URL are kept.
         cache_bytes: the most that folder may hold; None: 16 GiB.
 
     Raises:
         NotFoundError: there is no store.
         UsageError: it is of another format, or an argument cannot be used.
-        UnreachableError: object storage does not answer, or refuses.
+        UnreachableError: object storage or the service does not answer.
+        RefusedError: the service does not let this client in.
         DamageError: its plan was altered.
     """
+    if isinstance(location, str) and location.startswith("grpc"):
+        from actcache.service.client import open_remote
+
+        return open_remote(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
     from actcache.reader.access import open_store
 
     return open_store(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)

@@ -9,10 +9,14 @@
     |-- CursorError           a cursor of another stream                 (also a ValueError)
     |-- DamageError           bytes on disk are not what was committed   (also an OSError)
     |-- UncommittedError      rows of a shard that is not committed      (also a LookupError)
+    |-- RetiredError          rows that made room for others             (also a LookupError)
+    |-- StalledError          nobody goes on writing what is waited for  (also a TimeoutError)
+    |-- ExpiredError          a consumer that was given up for lost      (also a LookupError)
+    |-- RefusedError          a service that does not let one in         (also a PermissionError)
     |-- DiskFullError         the disk cannot hold what is to be written (also an OSError)
     |-- NonFiniteError        NaN or infinity where numbers are needed   (also an ArithmeticError)
     |-- MemoryBoundError      a memory bound that is too small           (also a MemoryError)
-    |-- UnreachableError      object storage that does not answer        (also an OSError)
+    |-- UnreachableError      storage or a service that does not answer  (also an OSError)
     `-- PeerError             another process of the same run stopped    (also a ConnectionError)
 
 A message says what is wrong with the value in question, where, what was expected, and what to do.
@@ -76,6 +80,30 @@ class UncommittedError(ActcacheError, LookupError):
     kind = "uncommitted"
 
 
+class RetiredError(ActcacheError, LookupError):
+    """Rows were asked for that have been deleted, as planned, to stay within a disk budget."""
+
+    kind = "retired"
+
+
+class StalledError(ActcacheError, TimeoutError):
+    """What is waited for has not come, and nobody has been seen working on it; the message says since when."""
+
+    kind = "stalled"
+
+
+class ExpiredError(ActcacheError, LookupError):
+    """A consumer was not heard of for so long that shards are no longer kept for it."""
+
+    kind = "expired"
+
+
+class RefusedError(ActcacheError, PermissionError):
+    """A service refuses: no token or certificate, or not the right one."""
+
+    kind = "refused"
+
+
 class DiskFullError(ActcacheError, OSError):
     """The disk cannot hold what is to be written."""
 
@@ -95,7 +123,7 @@ class MemoryBoundError(ActcacheError, MemoryError):
 
 
 class UnreachableError(ActcacheError, OSError):
-    """Object storage did not answer in time, refused, or kept failing; the message says how often it was asked."""
+    """Object storage or a service did not answer in time or kept failing; the message says how often it was asked."""
 
     kind = "unreachable"
 

@@ -95,6 +95,10 @@ class Batch:
         return self._lookup(name)
 
 
+class StopWaiting(Exception):
+    """Raised while a source waits for rows, by whoever does not want to wait any longer; no batch is lost by it."""
+
+
 @runtime_checkable
 class BatchSource(Protocol):
     """Where a trainer gets batches: a store's stream, a socket, or tensors in memory.

@@ -125,7 +125,10 @@ class Subject:
     @property
     def filters(self) -> dict[str, Any]:
         """The run's row filter: arguments of `Store.stream` and `Store.iter_shards`."""
-        return {name: self.selection[name] for name in FILTERS if self.selection.get(name) is not None}
+        found = {name: self.selection[name] for name in FILTERS if self.selection.get(name) is not None}
+        if "norm_limits" in found:
+            found["norm_limits"] = {int(layer): limit for layer, limit in found["norm_limits"].items()}
+        return found
 
     def shards(self, split: Split, n_tokens: int | None = None) -> Iterator[ShardRows]:
         """The store's kept tokens at this run's hooks and layers, marked by its filter."""

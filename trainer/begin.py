@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 SHARED = (
     "form",
     "batch_rows",
+    "first_window_rows",
     "rows",
     "epochs",
     "checkpoint_every_steps",
@@ -144,6 +146,15 @@ def common_step(folders: Mapping[str, RunFolder], new: Sequence[str]) -> int | N
     for folder in folders.values():
         folder.forget_after(-1 if common is None else common)
     return common
+
+
+def saved_cursor(out: Path, names: Iterable[str]) -> dict[str, Any] | None:
+    """The cursor that SAEs in `out` would go on from; None where they would begin, or are finished. Changes nothing."""
+    folders = [RunFolder(out / name) for name in names]
+    left = [folder for folder in folders if folder.finished() is None]
+    left = [folder for folder in left if folder.failed() is None] or left
+    common = set.intersection(*(set(folder.steps()) for folder in left)) if left else set()
+    return left[0].cursor(max(common)) if common else None
 
 
 def _check_source(

@@ -87,6 +87,9 @@ class TrainConfig(BaseModel):
         dead_after_tokens: a latent is dead after this many tokens without a > 1e-3; where a row is one layer's, counted as
             rows / layers. Source: Gao.
         seed: of the initial weights.
+        first_window_rows: vectors at the beginning on which the variance of each layer, baselines and the first bias are
+            measured; whole batches that hold as many. A follower of a build on a small disk has no room for many. The
+            default window of a store's stream, so nothing is read for it that is not needed anyway.
         loss_space: `raw` weighs a row's error by its size in the model; `standardised` weighs all rows alike.
         precision: of products: `bfloat16` multiplies in bfloat16; weights, gradients' sums and Adam stay in float32.
         compile: put element-wise parts of a step through torch.compile. Ours: off, since it takes a C++ compiler and some
@@ -133,6 +136,7 @@ class TrainConfig(BaseModel):
     adam_eps: Positive = 6.25e-10
     dead_after_tokens: Count = 10_000_000
     seed: CountOrZero = 0
+    first_window_rows: Count = 131_072
     loss_space: LossSpace = "raw"
     precision: Precision = "float32"
     compile: bool = False

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from actcache.errors import ActcacheError, NonFiniteError, UsageError
-from actcache.flow import Batch, BatchSource
+from actcache.flow import Batch, BatchSource, StopWaiting
 from trainer import heldout
 from trainer.begin import check_shared, common_step, fit, prepare, start_or_restore
 from trainer.config import TrainConfig
@@ -49,6 +49,8 @@ def train_many(
     kernels: Kernels = sparse,
     ranks: Ranks = ALONE,
     on_step: Callable[[StepReport], None] | None = None,
+    on_saved: Callable[[dict[str, Any]], None] | None = None,
+    offer_save: Callable[[Callable[[], None]], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> RunSummary:
     """Train SAEs on the same batches of `source`, read once, each as if it were alone, each in a run folder of its own.
@@ -72,7 +74,11 @@ def train_many(
         kernels: what computes products and sums.
         ranks: the processes of this run. All call this with the same arguments, apart from their share of the sources.
         on_step: called after every step of every SAE.
-        stop: asked before every step; when true in any process, checkpoints are saved and the call returns in all.
+        on_saved: called, in the first process, when checkpoints of all SAEs are safely on disk, with the cursor of the source
+            that they go on from.
+        offer_save: given a function that saves checkpoints at once, for a source to call while a batch is waited for.
+        stop: asked before every step; when true in any process, checkpoints are saved and the call returns in all. So
+            it does where waiting for a batch ends with StopWaiting.
 
     Raises:
         UsageError: `out` is taken, or source and configurations do not fit each other.
@@ -115,14 +121,25 @@ def train_many(
             left = {name: config for name, config in left.items() if name not in found["failed"]}
         going = {name: folders[name] for name in left}
         step = ranks.on_first(lambda: common_step(going, found["new"]))
-        states = start_or_restore(step, going, source, left, torch.device(device), init, kernels, ranks)
+        try:
+            states = start_or_restore(step, going, source, left, torch.device(device), init, kernels, ranks)
+        except StopWaiting:
+            return RunSummary(
+                outcome="stopped",
+                step=0,
+                rows=0,
+                elapsed_s=perf_counter() - started,
+                waited_s=source.waited_s() - waited_before,
+            )
         members = []
         for name, state in states.items():
             member = Member(name, folders[name], state, source, provenance or {}, ranks)
             stack.callback(member.close)
             member.open(trackers)
             members.append(member)
-        run = _Run(source, members, held_out, ranks, on_step, stop or (lambda: False))
+        run = _Run(source, members, held_out, ranks, on_step, on_saved, stop or (lambda: False))
+        if offer_save is not None:
+            offer_save(run.save)
         outcome = run.go()
     return RunSummary(
         outcome=outcome,
@@ -149,10 +166,11 @@ class _Run:
         held_out: BatchSource | None,
         ranks: Ranks,
         on_step: Callable[[StepReport], None] | None,
+        on_saved: Callable[[dict[str, Any]], None] | None,
         stop: Callable[[], bool],
     ) -> None:
         self._source, self._members, self._held_out = source, members, held_out
-        self._ranks, self._on_step, self._stop = ranks, on_step, stop
+        self._ranks, self._on_step, self._on_saved, self._stop = ranks, on_step, on_saved, stop
         self._config = members[0].config
         self._layers = tuple(source.layers)
         self._evaluated_step: int | None = None
@@ -164,14 +182,23 @@ class _Run:
 
     def go(self) -> Outcome:
         """Until the end, or until asked to stop."""
+        try:
+            self._go()
+        except StopWaiting:
+            self.save()
+            return "stopped"
+        for member in self._live:
+            member.finish()
+        return "finished"
+
+    def _go(self) -> None:
         config = self._config
         if self.step == 0:
             self._evaluate()  # also finds out now what would stop the first evaluation later
         batches = iter(self._source)
         while config.rows is None or self.rows < config.rows:
             if self._ranks.any(self._stop()):
-                self._save()
-                return "stopped"
+                raise StopWaiting
             began = perf_counter()
             arrived = self._next(batches)
             if arrived is None:
@@ -183,25 +210,35 @@ class _Run:
             if config.eval_every_steps is not None and self.step % config.eval_every_steps == 0:
                 self._evaluate()
             if self.step % config.checkpoint_every_steps == 0:
-                self._save()
+                self.save()
         self._evaluate()
-        for member in self._live:
-            member.finish()
-        return "finished"
 
     def _next(self, batches: Iterator[Batch]) -> Arrived | None:
-        """The next batch, cut where the run ends; None when the source is exhausted by epochs."""
-        batch, error, counts = None, None, [0] * (2 + len(self._layers))
+        """The next batch, cut where the run ends; None when the source is exhausted by epochs.
+
+        Raises:
+            StopWaiting: some process does not want to wait for it; no process has taken it then.
+        """
+        batch, error, counts = None, None, [0] * (3 + len(self._layers))
+        before = self._source.state_dict() if self._ranks.size > 1 else None
         try:
             batch = next(batches, None)
             if batch is not None:
                 batch = self._cut(batch)
-                counts = [1, len(batch), *self._count(batch)]
+                counts = [0, 1, len(batch), *self._count(batch)]
+        except StopWaiting:
+            if before is None:
+                raise
+            counts[0] = 1
         except ActcacheError as caught:
             error = caught
         self._ranks.agree(error)
         table = self._ranks.table(counts)
-        is_there, n_rows, *by_layer = table.sum(0).tolist()
+        does_stop, is_there, n_rows, *by_layer = table.sum(0).tolist()
+        if does_stop:
+            if before is not None and batch is not None:
+                self._source.load_state_dict(before)
+            raise StopWaiting
         if is_there not in (0, self._ranks.size):
             raise UsageError(
                 f"after {self.rows} rows the sources of some processes have ended and of others not: they must be shares of "
@@ -234,7 +271,7 @@ class _Run:
 
     def _check_ended(self) -> None:
         if self._config.rows is not None:
-            self._save()
+            self.save()
             raise UsageError(
                 f"the source ended after {self.rows} rows, the run is of {self._config.rows}; a checkpoint is saved. "
                 "Give the source more epochs, or train on fewer rows in another folder"
@@ -276,8 +313,12 @@ class _Run:
                 member.save(best_fvu=found[name].mean.fvu)
         self._evaluated_step = self.step
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Checkpoints of all SAEs at this step, unless they are there; told to whoever waits for them."""
         for member in self._live:
             member.save()
         for member in self._live:  # all are saved, so every step that one still has is one that all have
             member.prune()
+        cursor = self._live[0].saved_cursor
+        if cursor is not None and self._on_saved is not None:
+            self._on_saved(cursor)

@@ -24,6 +24,7 @@ class Member:
 
     name    among those trained together; "" where it is alone.
     error   why it was given up, if it was.
+    saved_cursor  of the source, at the last checkpoint that this process saved.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Member:
         self.error: NonFiniteError | None = None
         self._source, self._provenance, self._ranks = source, provenance, ranks
         self.saved_step = state.step or None
+        self.saved_cursor: dict[str, Any] | None = None
         self._line_rows, self._line_at, self._line_waited = state.rows, perf_counter(), source.waited_s()
         self._metrics: MetricsFile | None = None
         self._evaluation: MetricsFile | None = None
@@ -153,8 +155,9 @@ class Member:
         if self.state.step != self.saved_step:
             self._metrics.sync()
             self._evaluation.sync()
-            self.folder.save(self.state.snapshot(self._source, self._provenance))
-            self.saved_step = self.state.step
+            snapshot = self.state.snapshot(self._source, self._provenance)
+            self.folder.save(snapshot)
+            self.saved_step, self.saved_cursor = self.state.step, snapshot.state["cursor"]
         if best_fvu is not None:
             self.folder.mark_best(self.state.step, best_fvu)
 

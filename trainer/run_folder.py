@@ -186,6 +186,13 @@ class RunFolder:
         ]
         return Snapshot(model=tensors[0], training=tensors[1], state=state)
 
+    def cursor(self, step: int) -> dict[str, Any]:
+        """Where the source stood at the checkpoint of `step`."""
+        folder = self._folder(step)
+        return read_json(folder / "state.json", f"remove {folder} to go on from an older checkpoint")[
+            "cursor"
+        ]
+
     def prune(self, *, newest: int, every_steps: int | None) -> None:
         """Remove checkpoints, except the `newest`, those whose step is a multiple of `every_steps`, and the best one."""
         steps, best = self.steps(), self.best()

@@ -24,9 +24,6 @@ from trainer.provenance import describe_non_finite
 from trainer.ranks import ALONE, Ranks
 from trainer.transform import Transforms, make_transforms
 
-FIRST_WINDOW_ROWS = 131_072
-"""Vectors measured. The default window of a store's stream, so nothing is read that is not needed anyway."""
-
 BLOCK_ROWS = 8192
 
 
@@ -51,18 +48,23 @@ class Moments(NamedTuple):
 
 
 def read_first_window(source: BatchSource, config: TrainConfig) -> Batch:
-    """This process's rows of the first whole batches that hold `FIRST_WINDOW_ROWS` vectors (fewer if there are fewer).
+    """This process's rows of the first whole batches that hold `first_window_rows` vectors (fewer if there are fewer).
 
     The cursor is where it was afterwards.
     """
     begin = source.state_dict()
-    per_row = FORMS[config.form].n_slices(tuple(source.layers))
-    n_batches = max(1, -(-FIRST_WINDOW_ROWS // (per_row * config.batch_rows)))
+    n_batches = first_batches(config, len(source.layers))
     batches = list(islice(iter(source), n_batches))
     source.load_state_dict(begin)
     if not batches:
         raise UsageError("the source hands out no batch: there is nothing to train on")
     return _join(batches, FORMS[config.form])
+
+
+def first_batches(config: TrainConfig, n_layers: int) -> int:
+    """Whole batches that hold `first_window_rows` vectors."""
+    per_row = FORMS[config.form].n_slices(tuple(range(n_layers)))
+    return -(-config.first_window_rows // (per_row * config.batch_rows))
 
 
 def _join(batches: list[Batch], form: Form) -> Batch:

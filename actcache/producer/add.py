@@ -17,6 +17,7 @@ from actcache.producer.summary import BuildReporter, BuildSummary
 from actcache.store.arrays import disk_dtype
 from actcache.store.create import CaptureRequest, add_capture, as_requested, capture_name
 from actcache.store.disk import Disk
+from actcache.store.live import read_budget
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
 
@@ -72,6 +73,7 @@ def add_to_store(
     new = [capture for capture in asked if capture.group not in catalog.captures]
     _check_memory(catalog, asked, addition.memory_bytes)
     if new:
+        _check_whole(catalog)
         reporter.on_forecast(catalog.grid, forecast(catalog.grid, new, out))
         with Disk(out, on_operation) as disk:
             for capture in new:
@@ -88,6 +90,15 @@ def add_to_store(
         reporter=reporter,
         on_operation=on_operation,
     )
+
+
+def _check_whole(catalog: Catalog) -> None:
+    retired = next(iter(catalog.captures.values())).retired()
+    if retired or read_budget(catalog.objects) is not None:
+        raise UsageError(
+            f"{catalog.objects.url} is built within a disk budget ({len(retired)} of {catalog.grid.n_shards} shards are retired "
+            f"already): its captures come and go together, so none can be added. Build a store with all the hooks at once."
+        )
 
 
 def check_model(catalog: Catalog, decoder: Decoder) -> None:

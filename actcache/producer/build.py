@@ -16,6 +16,7 @@ from actcache.producer.corpus import Corpus
 from actcache.producer.forward import N_SCATTER_THREADS, Forward, make_transfer, mixed_rows
 from actcache.producer.pipeline import Pipeline
 from actcache.producer.plan import write_plan
+from actcache.producer.presence import MakeAdmission, Presence, Rate, forget_ended
 from actcache.producer.settings import Settings, capture_requests, check_same, make_request
 from actcache.producer.summary import BuildReporter, BuildSummary
 from actcache.producer.workers import Rank, Shards, Work, wait_for_plan
@@ -24,6 +25,7 @@ from actcache.store.claims import Claims
 from actcache.store.create import CaptureRequest, sweep_staged
 from actcache.store.disk import Disk
 from actcache.store.ledger import ShardCommitter
+from actcache.store.live import read_budget
 from actcache.store.objects import LocalObjects
 from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.schema import Request, ShardRecord
@@ -58,6 +60,8 @@ def build(
     allow_non_finite: bool = False,
     rank: Rank | None = None,
     takeover_s: float | None = None,
+    admission: MakeAdmission | None = None,
+    max_disk_bytes: int | None = None,
     reporter: BuildReporter | None = None,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
@@ -75,6 +79,8 @@ def build(
         allow_non_finite: store rows with NaN or infinity instead of stopping.
         rank: which of several workers this is: the first plans, the others wait for it, and each begins with its share.
         takeover_s: how long a shard that another worker has claimed is left to it; see `Work`.
+        admission: makes what decides when a shard may be started; None: at once.
+        max_disk_bytes: what `admission` sees to: the store never takes more, however large it would be whole.
         reporter: told about progress.
         on_operation: called before every step that changes the disk.
 
@@ -90,6 +96,7 @@ def build(
         corpus,
         corpus_name=corpus_name,
         rank=rank,
+        max_disk_bytes=max_disk_bytes,
         reporter=reporter,
         on_operation=on_operation,
     )
@@ -101,6 +108,7 @@ def build(
         allow_non_finite=allow_non_finite,
         rank=rank,
         takeover_s=takeover_s,
+        admission=admission,
         reporter=reporter,
         on_operation=on_operation,
     )
@@ -117,6 +125,7 @@ def ensure_planned(
     corpus_name: str,
     device: str | None = None,
     rank: Rank | None = None,
+    max_disk_bytes: int | None = None,
     reporter: BuildReporter | None = None,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> tuple[Catalog, list[str]]:
@@ -133,7 +142,7 @@ def ensure_planned(
     if not (settings.out / "zarr.json").exists():
         _check_free(settings.out)
     if rank is None or rank.rank == 0 or not wait_for_plan(settings.out):
-        _plan(settings, request, captures, tokenizer, corpus, reporter, on_operation)
+        _plan(settings, request, captures, tokenizer, corpus, reporter, on_operation, max_disk_bytes)
     catalog = Catalog(LocalObjects(settings.out))
     check_same(catalog, request, captures)
     return catalog, [capture.group for capture in captures]
@@ -147,6 +156,7 @@ def _plan(
     corpus: Corpus,
     reporter: BuildReporter,
     on_operation: Callable[[str, str], None] | None,
+    max_disk_bytes: int | None,
 ) -> None:
     """Plan the store unless it is planned; of several that do so at once one is first, and the others take its plan."""
     if (settings.out / "zarr.json").exists():
@@ -162,6 +172,7 @@ def _plan(
             on_tokens=reporter.on_tokens,
             on_forecast=reporter.on_forecast,
             on_operation=on_operation,
+            max_disk_bytes=max_disk_bytes,
         )
     except FileExistsError as error:
         if not (settings.out / "zarr.json").exists():
@@ -186,6 +197,7 @@ def fill_captures(
     allow_non_finite: bool = False,
     rank: Rank | None = None,
     takeover_s: float | None = None,
+    admission: MakeAdmission | None = None,
     reporter: BuildReporter,
     on_operation: Callable[[str, str], None] | None = None,
 ) -> BuildSummary:
@@ -205,22 +217,56 @@ def fill_captures(
             on_committed=lambda shard: reporter.on_forward(len(grid.sequences_of(shard)) * grid.seq_len),
         )
         if work.left:
+            if admission is None:
+                _check_unbounded(catalog)
             n_left = sum(len(grid.sequences_of(shard)) for shard in work.left) * grid.seq_len
             n_tokens = grid.n_sequences * grid.seq_len
             reporter.on_start(n_tokens - n_left, n_tokens)
             threads = encode_threads or default_encode_threads(decoder.device.type)
-            fill_shards(
-                catalog,
-                wanted,
-                work,
+            clock, rate, at = Clock(), Rate(lambda: summary.n_tokens), rank or Rank()
+
+            def facts() -> dict[str, Any]:
+                n_committed = min(len(found.committed()) for found in wanted)
+                stages = {name: round(seconds, 2) for name, seconds in (clock.spent_s | disk.spent_s).items()}
+                return {"tokens_per_s": rate(), "stage_s": stages, "n_committed": n_committed}
+
+            with Presence(
                 disk,
-                decoder,
-                threads,
-                summary,
-                reporter,
-                allow_non_finite=allow_non_finite,
-            )
+                grid.n_shards,
+                facts,
+                rank=at.rank,
+                world_size=at.world_size,
+                is_bounded=admission is not None,
+            ) as presence:
+                if admission is not None:
+                    work.admission = admission(catalog, disk, presence)
+                work.on_start = presence.starts
+                fill_shards(
+                    catalog,
+                    wanted,
+                    work,
+                    disk,
+                    decoder,
+                    threads,
+                    summary,
+                    reporter,
+                    clock,
+                    allow_non_finite=allow_non_finite,
+                )
+            summary.blocked_s = work.blocked_s
+            summary.was_enough = work.admission is not None and work.admission.is_enough
+        if not work.left or all(len(found.committed()) == grid.n_shards for found in wanted):
+            forget_ended(root)
     return summary
+
+
+def _check_unbounded(catalog: Catalog) -> None:
+    budget = read_budget(catalog.objects)
+    if budget is not None:
+        raise UsageError(
+            f"{catalog.objects.url} is built within a disk budget: give it again (--max-disk {budget.max_disk_bytes} "
+            f"--consumers {','.join(budget.consumers)}, or other values), or lift it with --max-disk none"
+        )
 
 
 def fill_shards(
@@ -232,6 +278,7 @@ def fill_shards(
     encode_threads: int,
     summary: BuildSummary,
     reporter: BuildReporter,
+    clock: Clock,
     *,
     allow_non_finite: bool,
     generations: Mapping[str, Mapping[int, int]] | None = None,
@@ -240,7 +287,7 @@ def fill_shards(
 
     generations  by capture and shard: of those that are rebuilt, which generation they become.
     """
-    started, clock = time.perf_counter(), Clock()
+    started = time.perf_counter()
     transfer = make_transfer(decoder, catalog, captures, clock)
 
     def on_tokens(n_tokens: int) -> None:

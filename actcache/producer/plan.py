@@ -53,12 +53,16 @@ def rows_bytes(grid: Grid, capture: CaptureRequest) -> int:
     return grid.n_sequences * grid.seq_len * len(capture.layers) * capture.width * itemsize
 
 
-def forecast(grid: Grid, captures: list[CaptureRequest], out: Path) -> SizeForecast:
-    """How large the store will be. DiskFullError when even the expected size does not fit."""
+def forecast(
+    grid: Grid, captures: list[CaptureRequest], out: Path, max_bytes: int | None = None
+) -> SizeForecast:
+    """How large the store will be. DiskFullError when even the expected size, `max_bytes` at most, does not fit."""
     found = estimate_size(grid, captures, out)
-    if found.expected_bytes + found.side_bytes > found.free_bytes:
+    needed = found.expected_bytes + found.side_bytes
+    needed = needed if max_bytes is None else min(needed, max_bytes)
+    if needed > found.free_bytes:
         raise DiskFullError(
-            f"the store will take about {(found.expected_bytes + found.side_bytes) / 1e9:,.2f} GB and {out.parent} has "
+            f"the store will take about {needed / 1e9:,.2f} GB and {out.parent} has "
             f"{found.free_bytes / 1e9:,.2f} GB free. Nothing was written. Ask for fewer tokens or layers, or another --out."
         )
     return found
@@ -75,22 +79,25 @@ def write_plan(
     on_tokens: Callable[[int], None],
     on_forecast: Callable[[Grid, SizeForecast], None],
     on_operation: Callable[[str, str], None] | None,
+    max_disk_bytes: int | None = None,
 ) -> Plan:
     """Tokenise, pack, shuffle and write the plan. It appears under `settings.out` whole, or not at all.
+
+    max_disk_bytes: the store will never take more at once.
 
     Raises:
         CorpusError: the text cannot be read, or is too short. DiskFullError: the store will not fit.
     """
     first_grid = known_grid(request, captures)
     if first_grid is not None:
-        on_forecast(first_grid, forecast(first_grid, captures, settings.out))
+        on_forecast(first_grid, forecast(first_grid, captures, settings.out, max_disk_bytes))
     with staging(settings.out, on_operation) as disk:
         spool = disk.workspace / "spool"
         spool.mkdir()
         packed = pack_corpus(request, tokenizer, corpus, first_grid, spool, on_tokens)
         grid = grid_of_packed(request, captures, packed, first_grid)
         if grid is not first_grid:
-            on_forecast(grid, forecast(grid, captures, settings.out))
+            on_forecast(grid, forecast(grid, captures, settings.out, max_disk_bytes))
         shuffled = ShuffledSequences(packed, request, grid)
         return create_plan(
             disk,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import ActcacheError, PlanMismatchError, UsageError
+from actcache.producer.presence import MakeAdmission
 from actcache.producer.summary import BuildReporter, BuildSummary
 from actcache.producer.workers import Rank
 from actcache.store.objects import LocalObjects
@@ -31,7 +32,7 @@ class RayPool:
     model, revision, dtype, device, device_map  as `load_model` takes them, on every node.
     n_workers     actors.
     n_gpus        GPUs of each.          n_cpus  cores of each.
-    encode_threads, allow_non_finite, takeover_s  as `fill_captures` takes them.
+    encode_threads, allow_non_finite, takeover_s, admission  as `fill_captures` takes them.
     address       of a running cluster; None: one on this machine, for as long as the build lasts.
     """
 
@@ -48,6 +49,7 @@ class RayPool:
     encode_threads: int | None = None
     allow_non_finite: bool = False
     takeover_s: float | None = None
+    admission: MakeAdmission | None = None
     address: str | None = None
 
 
@@ -88,6 +90,7 @@ class Extractor:
             allow_non_finite=pool.allow_non_finite,
             rank=Rank(rank, world_size),
             takeover_s=pool.takeover_s,
+            admission=pool.admission,
             reporter=BuildReporter(),
         )
 

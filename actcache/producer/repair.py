@@ -14,6 +14,7 @@ from actcache.errors import PlanMismatchError, UsageError
 from actcache.model import Decoder
 from actcache.producer.add import IMPORTED, check_model
 from actcache.producer.build import default_encode_threads, fill_shards
+from actcache.producer.clock import Clock
 from actcache.producer.summary import BuildReporter, BuildSummary
 from actcache.store.arrays import side_arrays, side_key
 from actcache.store.disk import Disk, workspaces
@@ -149,6 +150,7 @@ def repair(
                     encode_threads or default_encode_threads(decoder.device.type),
                     summary.build,
                     reporter,
+                    Clock(),
                     allow_non_finite=allow_non_finite,
                     generations=generations,
                 )

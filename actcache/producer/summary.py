@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class BuildReporter:
-    """What a build tells its caller while it runs. Every callback may be left out."""
+    """What a build tells its caller while it runs. Every callback may be left out.
+
+    on_blocked  why it waits for room on disk; None: it goes on.
+    """
 
     on_tokens: Callable[[int], None] = lambda _n: None
     on_forecast: "Callable[[Grid, SizeForecast], None]" = lambda _grid, _forecast: None
     on_start: Callable[[int, int], None] = lambda _n_done, _n_tokens: None
     on_forward: Callable[[int], None] = lambda _n_tokens: None
     on_shard: Callable[[int], None] = lambda _shard: None
+    on_blocked: Callable[[str | None], None] = lambda _why: None
 
 
 @dataclass(slots=True)
@@ -33,6 +37,8 @@ class BuildSummary:
     stage_s         seconds spent per stage, of all its threads together; `wait`: in which the forward pass waited.
     stage_threads   threads of each stage.
     raw_bytes, disk_bytes  of the rows committed by this run.
+    blocked_s       seconds in which it waited for room on disk.
+    was_enough      it ended before the last shard because no consumer needs more.
     """
 
     store: Path
@@ -44,6 +50,8 @@ class BuildSummary:
     filling_s: float = 0.0
     raw_bytes: int = 0
     disk_bytes: int = 0
+    blocked_s: float = 0.0
+    was_enough: bool = False
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*STAGES, "wait"), 0.0))
     stage_threads: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 1))
 
@@ -53,7 +61,10 @@ class BuildSummary:
         found = cls(store, n_shards=max(w.n_shards for w in workers))
         for name in ("n_built", "n_adopted", "n_tokens", "raw_bytes", "disk_bytes"):
             setattr(found, name, sum(getattr(w, name) for w in workers))
-        found.filling_s = max(w.filling_s for w in workers)
+        found.filling_s, found.blocked_s = (
+            max(getattr(w, n) for w in workers) for n in ("filling_s", "blocked_s")
+        )
+        found.was_enough = any(w.was_enough for w in workers)
         for stage in found.stage_s:
             found.stage_s[stage] = sum(w.stage_s[stage] for w in workers)
         for stage in found.stage_threads:

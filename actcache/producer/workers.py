@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from actcache.errors import UsageError
+from actcache.producer.presence import Admission
 from actcache.store.claims import Claims
 from actcache.store.create import is_being_planned
 from actcache.store.open import CaptureCatalog, Catalog
@@ -102,7 +103,13 @@ class Work:
     takeover_s    how long another's claim is respected; None: two minutes, or four times what a shard takes here.
     on_committed  called with each shard that others have committed meanwhile.
     check         called while waiting; may raise.
+    admission     what decides which shards may be started; None: all may.
+    on_start      called with each shard that is started, or waited for.
+    blocked_s     seconds in which no shard was admitted.
     """
+
+    admission: Admission | None = None
+    on_start: Callable[[int], None] = staticmethod(lambda _shard: None)
 
     def __init__(
         self,
@@ -117,30 +124,49 @@ class Work:
     ) -> None:
         self._catalog, self._captures, self._claims, self._rank = catalog, captures, claims, rank
         self._takeover_s, self._on_committed, self.check = takeover_s, on_committed, check
-        self._longest_s = 0.0
+        self._longest_s = self.blocked_s = 0.0
         self._claimed_since: dict[int, float] = {}
         committed = [set(c.committed()) for c in captures]
         self.left = [s for s in range(catalog.grid.n_shards) if any(s not in done for done in committed)]
 
     def __iter__(self) -> Iterator[tuple[int, list[CaptureCatalog]]]:
-        """(shard, the captures that lack it): the own share in plan order, then what is free, then what is overdue."""
+        """(shard, the captures that lack it): the own share in plan order, then what is free, then what is overdue.
+
+        Where one is not admitted, none above it is: those below are looked at again, in case whoever was at one has died.
+        """
         mine, n = self._rank.rank, self._rank.world_size
         left = sorted(self.left, key=lambda shard: (shard % n != mine, shard))
         while left:
-            claimed, has_taken = [], False
+            claimed, has_taken, limit = [], False, self._catalog.grid.n_shards
             for shard in left:
+                if shard >= limit or not self._is_admitted(shard):
+                    claimed.append(shard)
+                    limit = min(limit, shard)
+                    continue
                 missing = self._take(shard)
                 if missing is None:
                     claimed.append(shard)
                 elif missing:
                     has_taken = True
                     started = time.monotonic()
+                    self.on_start(shard)
                     yield shard, missing
                     self._longest_s = max(self._longest_s, time.monotonic() - started)
             left = claimed
             if left and not has_taken:
                 self.check()
+                if self.admission is not None and self.admission.is_enough:
+                    return
+                if limit < self._catalog.grid.n_shards:
+                    self.on_start(limit)
+                    self.blocked_s += POLL_S
                 time.sleep(POLL_S)
+
+    def _is_admitted(self, shard: int) -> bool:
+        """Whether a shard may be started; one that is committed or another's is not asked about."""
+        if self.admission is None or not self._missing(shard):
+            return True
+        return bool(self._claims.holders(shard)) or self.admission.admits(shard)
 
     def _take(self, shard: int) -> list[CaptureCatalog] | None:
         """The captures that lack a shard, claimed if there are any; None where another worker is at it."""

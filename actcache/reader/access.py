@@ -1,7 +1,7 @@
 """The store as a reader sees it: `actcache.open(path)`."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -12,19 +12,22 @@ from torch import Tensor
 
 from actcache.errors import UncommittedError, UsageError
 from actcache.reader.filters import RowFilter, RowRules, limits_from_ratio, resolve_positions
+from actcache.reader.follow import Follower, Waiting, check_can_follow
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, OrderName, Selection, Stack, parse_shards, shards_text
 from actcache.reader.shard_rows import ShardRows, iter_shard_rows
-from actcache.reader.stream import Stream
+from actcache.reader.stream import Connect, Stream
 from actcache.store.dtypes import disk_dtype
 from actcache.store.merged import LayerStatistics, layer_statistics, quantisation_errors
-from actcache.store.objects import open_objects
+from actcache.store.objects import Objects, open_objects
 from actcache.store.open import CaptureCatalog, Catalog
 from actcache.store.schema import Plan
 from actcache.store.statistics import QuantisationError
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from actcache.reader.consumer import Consumer
 
 WINDOW_ROWS = 131_072
 PARTITIONS = 8
@@ -44,10 +47,19 @@ class Store:
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        self._catalog = Catalog(
-            open_objects(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
-        )
+        self._open(open_objects(location, storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes))
+
+    @classmethod
+    def of(cls, objects: Objects, connect: Connect | None = None) -> Self:
+        """A store wherever its objects are. connect: makes what fills windows of streams, where a service does."""
+        made = cls.__new__(cls)
+        made._open(objects, connect)
+        return made
+
+    def _open(self, objects: Objects, connect: Connect | None = None) -> None:
+        self._catalog = Catalog(objects)
         self._provenance = Provenance(self._catalog)
+        self._connect = connect
 
     def __repr__(self) -> str:
         grid = self.plan.grid
@@ -60,6 +72,11 @@ class Store:
     def url(self) -> str:
         """Where the store is."""
         return self._catalog.objects.url
+
+    @property
+    def objects(self) -> Objects:
+        """What the store is made of, read by name."""
+        return self._catalog.objects
 
     @property
     def plan(self) -> Plan:
@@ -96,8 +113,12 @@ class Store:
         return self.plan.n_kept
 
     def committed(self, hook: str | None = None) -> list[int]:
-        """Committed shards of a capture, ascending."""
+        """Committed shards of a capture, retired ones too, ascending."""
         return self._capture(hook).committed()
+
+    def retired(self) -> list[int]:
+        """Shards whose rows were deleted to stay within a disk budget, ascending."""
+        return self._capture(None).retired()
 
     @property
     def is_complete(self) -> bool:
@@ -141,16 +162,16 @@ class Store:
         )
 
     def stats(self, hook: str | None = None, split: Split | None = "train") -> dict[int, LayerStatistics]:
-        """Statistics of kept rows per layer, merged from the committed shards of a split (None: of both)."""
+        """Statistics of kept rows per layer, merged from the shards of a split that can be read (None: of both)."""
         capture = self._capture(hook)
-        return layer_statistics(capture, sorted(set(capture.committed()) & set(self._shards(split))))
+        return layer_statistics(capture, sorted(set(capture.live()) & set(self._shards(split))))
 
     def quantisation_error(
         self, hook: str | None = None, split: Split | None = "train"
     ) -> dict[int, QuantisationError]:
         """What quantising cost each layer, measured when it was written; UsageError where rows are stored as they are."""
         capture = self._capture(hook)
-        return quantisation_errors(capture, sorted(set(capture.committed()) & set(self._shards(split))))
+        return quantisation_errors(capture, sorted(set(capture.live()) & set(self._shards(split))))
 
     def read(
         self,
@@ -211,10 +232,14 @@ class Store:
         layers: Sequence[int] | None = None,
         stack: Stack = "data",
         split: Split = "train",
-        order: OrderName = "global",
+        order: OrderName | None = None,
         commit_shards: int = 4,
         run_chunks: int = 1,
         partial: bool | str = False,
+        follow: bool = False,
+        consumer: str | None = None,
+        patience_s: float = 600.0,
+        on_wait: Callable[[Waiting | None], None] | None = None,
         seed: int = 0,
         epochs: int | None = 1,
         window_rows: int = WINDOW_ROWS,
@@ -242,18 +267,25 @@ class Store:
             stack: "data": a row is one layer of one token, [b, d] (a multi-layer SAE). "feature": all layers of a token
                 side by side, [b, l * d]. "layers": [b, l, d] (crosscoders).
             split: "train" or "holdout".
-            order: "global" mixes the whole split. "commit" goes through shards as they were planned, mixing the last
-                `commit_shards`: what somebody following a running build can have.
+            order: "global" (without `follow` the default) mixes the whole split. "commit" (with it) goes through shards as
+                they were planned, mixing the last `commit_shards`: what somebody following a running build can have.
             commit_shards: see `order`.
             run_chunks: adjacent chunks of a shard that come into the same window, and can be read in one request. Part of
                 the order: 1 mixes best; on object storage 4 to 16 make a quarter to a sixteenth of the requests.
             partial: True: of an unfinished store, the shards that are committed now. They are part of the order, and
                 `stream.shards` says which; to go on with exactly them, give that text.
+            follow: wait for shards that are not committed yet. The rows and their order are those of a finished store in the
+                `commit` order; the stream's `follower` says what it waits for.
+            consumer: the name by which a build with a disk budget knows this reader, see `Store.register`.
+            patience_s: of a follower: StalledError when no shard was committed and no producer heard of for so long.
+            on_wait: of a follower: told every second what is waited for, and once with None when it is there. It may raise
+                `actcache.flow.StopWaiting`: the consumer gets that, and no row is lost.
             seed: of the order.
             epochs: None goes on for ever. Each epoch has another order.
             window_rows: rows shuffled together; more is better mixed and takes more memory.
             partitions: what ranks share out: world_size must divide it.
-            outlier_norm_ratio: drop rows whose norm exceeds this many times their layer's median.
+            outlier_norm_ratio: drop rows whose norm exceeds this many times their layer's median. In the `commit` order the
+                median is that of the store's first shard, which is there before any other.
             norm_limits: or drop rows whose norm exceeds a number, given per layer.
             positions: stream these positions of a sequence only.
             exclude_tokens: leave these token ids out.
@@ -269,7 +301,8 @@ class Store:
             world_size: how many readers share the batches.
 
         Raises:
-            UncommittedError: the store is not finished, and `partial` was not asked for.
+            UncommittedError: the store is not finished, and neither `partial` nor `follow` was asked for.
+            RetiredError: shards were deleted to stay within a disk budget.
             UsageError: an argument cannot be used.
             MemoryBoundError: `memory` or `device_memory` is too little; the message says how much would do.
         """
@@ -284,6 +317,7 @@ class Store:
             commit_shards=commit_shards,
             run_chunks=run_chunks,
         )
+        order = order or ("commit" if follow else "global")
         _check_choice("stack", stack, ("data", "feature", "layers"))
         _check_choice("order", order, ("global", "commit"))
         self._check_captures(captures, selected)
@@ -291,7 +325,24 @@ class Store:
             raise UsageError(f"partitions={partitions}: expected at most {_MOST_PARTITIONS}")
         if partitions % world_size or not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}: world_size must divide partitions={partitions}")
-        shards = self._shards_to_stream(captures, split, partial=partial, world_size=world_size)
+        follower = None
+        if follow:
+            check_can_follow(captures, order=order, epochs=epochs, partial=partial, consumer=consumer)
+            follower = Follower(
+                captures,
+                consumer=consumer,
+                patience_s=patience_s,
+                on_wait=on_wait or (lambda _waiting: None),
+            )
+            shards = list(self._shards(split))
+        else:
+            shards = self._shards_to_stream(captures, split, partial=partial, world_size=world_size)
+        if order == "commit" and outlier_norm_ratio is not None:
+            if follower is not None:
+                follower.wait_for([0])
+            of = [0]
+        else:
+            of = list(self._shards("train")) if split != "train" else shards
         selection = Selection(
             hooks=tuple(found.capture.name for found in captures),
             layers=selected,
@@ -306,13 +357,7 @@ class Store:
             window_rows=window_rows,
             partitions=partitions,
             rules=RowRules(
-                norm_limits=self._norm_limits(
-                    captures[0],
-                    shards if split == "train" else None,
-                    selected,
-                    outlier_norm_ratio,
-                    norm_limits,
-                ),
+                norm_limits=self._norm_limits(captures[0], of, selected, outlier_norm_ratio, norm_limits),
                 positions=resolve_positions(positions, self.plan.grid.seq_len),
                 exclude_tokens=None if exclude_tokens is None else tuple(sorted(set(exclude_tokens))),
             ),
@@ -336,7 +381,25 @@ class Store:
             delivery,
             kept=self._catalog.shards.kept,
             shards=np.array(shards, np.int64),
+            follower=follower,
+            connect=self._connect,
         )
+
+    def register(
+        self, name: str, stream: Stream, *, checkpoint_rows: int | None = None, first_rows: int = 0
+    ) -> "Consumer":
+        """Tell producers that this process reads the store as consumer `name`; see `actcache.reader.consumer`.
+
+        checkpoint_rows: how many rows it reads between checkpoints.
+        first_rows: how many it reads before it can save its first checkpoint.
+
+        Raises:
+            UsageError: the store is built within a disk budget that does not wait for this name, or is too small for it.
+            ExpiredError: the consumer was given up, and shards that it needs are gone.
+        """
+        from actcache.reader.consumer import Consumer
+
+        return Consumer(name, stream, self._catalog.objects, checkpoint_rows, first_rows)
 
     def iter_shards(
         self,
@@ -379,7 +442,7 @@ class Store:
                 f"the {split} split of {self.url} holds no shards; build it with a larger --holdout"
             )
         rules = RowRules(
-            norm_limits=self._norm_limits(captures[0], None, selected, outlier_norm_ratio, norm_limits),
+            norm_limits=self._norm_limits(captures[0], shards, selected, outlier_norm_ratio, norm_limits),
             positions=resolve_positions(positions, self.plan.grid.seq_len),
             exclude_tokens=None if exclude_tokens is None else tuple(sorted(set(exclude_tokens))),
         )
@@ -412,7 +475,10 @@ class Store:
             raise UsageError(
                 f"partial={partial!r}: the {split} split has shards {shards_text(self._shards(split)) or 'none'}"
             )
-        committed = set(wanted).intersection(*(found.committed() for found in captures))
+        if partial is not True:
+            for shard in sorted(set(wanted) & set(captures[0].retired())):
+                captures[0].check_not_retired(shard)
+        committed = set(wanted).intersection(*(found.live() for found in captures))
         missing = sorted(set(wanted) - committed)
         if not missing:
             return list(wanted)
@@ -420,7 +486,8 @@ class Store:
             raise UncommittedError(
                 f"{len(missing)} of {len(wanted)} {split} shards of {', '.join(c.capture.name for c in captures)} in "
                 f"{self.url} are not committed yet (the first is {missing[0]}). Finish the build first: run the same "
-                f"command again. Or stream what there is: partial=True (--partial)."
+                f"command again. Or stream what there is: partial=True (--partial); or follow the build: follow=True "
+                f"(--follow)."
             )
         if not committed:
             raise UncommittedError(
@@ -436,7 +503,7 @@ class Store:
     def _norm_limits(
         self,
         capture: CaptureCatalog,
-        shards: Sequence[int] | None,
+        shards: Sequence[int],
         layers: tuple[int, ...],
         ratio: float | None,
         limits: Mapping[int, float] | None,
@@ -450,8 +517,7 @@ class Store:
             return tuple(float(limits[layer]) for layer in layers)
         if ratio is None:
             return None
-        of = self._shards("train") if shards is None else shards
-        return limits_from_ratio(capture, self._catalog.shards.kept, of, layers, ratio)
+        return limits_from_ratio(capture, self._catalog.shards.kept, shards, layers, ratio)
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actcache.reader.layout import Source
+from actcache.reader.layout import Piece
 from actcache.reader.scatter import aligned_empty, scatter
 from actcache.store.quantise import Quantised
 
@@ -52,7 +52,7 @@ class Window(Protocol):
 
     tensors: list[Tensor]
 
-    def land(self, job: Sequence[Source], decoded: Decoded) -> None:
+    def land(self, job: Sequence[Piece], decoded: Decoded) -> None:
         """Bring the rows of some chunks to their slots; called by several threads."""
         ...
 
@@ -132,7 +132,7 @@ class HostWindow:
         self._views: list[NDArray[Any]] | None = views
         self._head = head
 
-    def land(self, job: Sequence[Source], decoded: Decoded) -> None:
+    def land(self, job: Sequence[Piece], decoded: Decoded) -> None:
         """Scatter each chunk as it is decoded: its rows are still in the processor's cache."""
         views, scratch = self._views, None
         if views is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from actcache.reader.buffers import Decoded, Shape
-from actcache.reader.layout import Source
+from actcache.reader.layout import Piece
 from actcache.reader.side import Mark, Side, wait_for
 
 _ALIGNMENT = 8
@@ -138,12 +138,12 @@ class DeviceWindow:
         self.tensors = tensors
         self._side, self._staging, self._head = side, staging, head
 
-    def land(self, job: Sequence[Source], decoded: Decoded) -> None:
+    def land(self, job: Sequence[Piece], decoded: Decoded) -> None:
         """Pack as many chunks as a piece holds, and queue its copy and what happens to it there."""
         for start in range(0, len(job), self._staging.n_chunks):
             self._land(job[start : start + self._staging.n_chunks], start, decoded)
 
-    def _land(self, job: Sequence[Source], start: int, decoded: Decoded) -> None:
+    def _land(self, job: Sequence[Piece], start: int, decoded: Decoded) -> None:
         piece, reader, lane = self._staging.take(), job[0].reader, job[0].lane
         rows_on = (_pack_rows if reader.quantised is None else _pack_codes)(piece, job, start, decoded)
         r, n_rows = reader.shape[0], len(job) * reader.shape[0]
@@ -220,7 +220,7 @@ class DeviceWindows:
         return DeviceWindow(self._side, self._staging, tensors, head)
 
 
-def _pack_rows(piece: _Piece, job: Sequence[Source], start: int, decoded: Decoded) -> RowsOn:
+def _pack_rows(piece: _Piece, job: Sequence[Piece], start: int, decoded: Decoded) -> RowsOn:
     """Decode chunks into a piece."""
     r, width = job[0].reader.shape
     room, section = piece.room((len(job), r, width), job[0].reader.dtype)
@@ -231,7 +231,7 @@ def _pack_rows(piece: _Piece, job: Sequence[Source], start: int, decoded: Decode
     return lambda there: section.on(there).view(len(job) * r, width)
 
 
-def _pack_codes(piece: _Piece, job: Sequence[Source], start: int, decoded: Decoded) -> RowsOn:
+def _pack_codes(piece: _Piece, job: Sequence[Piece], start: int, decoded: Decoded) -> RowsOn:
     """Pack quantised chunks as they are: codes, scales and offsets, and the rows that are stored exactly."""
     reader = job[0].reader
     r, width = reader.shape

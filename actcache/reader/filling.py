@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import UsageError
-from actcache.reader.buffers import Shape
+from actcache.reader.buffers import Shape, Window
 from actcache.reader.counters import Counters
 from actcache.reader.device import Chunk
 from actcache.reader.filters import RowFilter
+from actcache.reader.follow import Follower
 from actcache.reader.layout import Lane, Layout, Places, lay_out
 from actcache.reader.order import (
     CommitOrder,
@@ -27,7 +28,7 @@ from actcache.reader.order import (
 from actcache.reader.placement import FETCHED_BYTES, place
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, Selection
-from actcache.reader.window import Fetching, Fill, Room
+from actcache.reader.window import Fetching, Fill, Filled, Room, WindowSource
 from actcache.store.dtypes import disk_dtype
 from actcache.store.local import LocalFiles
 from actcache.store.open import CaptureCatalog
@@ -41,6 +42,9 @@ class Filling:
     """Fills windows of a selection, one at a time or ahead.
 
     captures  one per hook.    kept  [shard] kept rows.    shards  those that are streamed, ascending.
+    follower  waits for shards that are not committed yet; None: all are.
+    shapes    of a window's buffers, one per hook.
+    source    fills windows; None: threads of this process do, from what they read.
     """
 
     def __init__(
@@ -52,8 +56,10 @@ class Filling:
         *,
         kept: NDArray[np.int64],
         shards: NDArray[np.int64],
+        follower: Follower | None = None,
+        source: WindowSource | None = None,
     ) -> None:
-        self.counters = Counters()
+        self.counters, self._follower, self._source = Counters(), follower, source
         self._captures, self._selection, self._delivery = captures, selection, delivery
         self._grid = grid = captures[0].plan.grid
         self.chunks = list_chunks(shards, kept[shards], grid.rows_per_chunk)
@@ -74,14 +80,16 @@ class Filling:
         is_quantised = any(c.capture.codec == "uint8" for c in captures)
         chunk = Chunk(grid.rows_per_chunk, width, itemsize, is_quantised)
         self._chunk_bytes = chunk.n_bytes
-        self.windows, self.courier = place(self._shapes(), chunk, delivery, fetches=bool(self._io_threads))
+        self.shapes = self._shapes()
+        self.windows, self.courier = place(self.shapes, chunk, delivery, fetches=bool(self._io_threads))
         files = captures[0].files
         self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES)
-        self._fills: dict[tuple[int, int], Fill] = {}
-        self._awaited: Fill | None = None
+        self._fills: dict[tuple[int, int], Filled] = {}
+        self._awaited: Filled | None = None
         self._taken = (0, -1)
         self._pool: ThreadPoolExecutor | None = None
         self._fetching: Fetching | None = None
+        self._first_open = 0
         self._pid = os.getpid()
 
     def _make_filter(self, provenance: Provenance, kept: NDArray[np.int64]) -> RowFilter | None:
@@ -143,29 +151,68 @@ class Filling:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(self._first_row(listed), counts) + within
 
+    def rows_before_filters(self, epoch: int, window: int) -> int:
+        """Rows of a window, over all layers, before filters."""
+        return int(self.chunks.n_rows[self.order(epoch).members(window).listed].sum())
+
     def _first_row(self, listed: NDArray[np.int64]) -> NDArray[np.int64]:
         shard, chunk = self.chunks.shard[listed], self.chunks.chunk[listed]
         return shard * self._grid.rows_per_shard + chunk * self._grid.rows_per_chunk
 
     # Filling.
 
-    def get(self, epoch: int, window: int) -> Fill:
+    def is_done(self, epoch: int, window: int) -> bool:
+        """Whether `wait` would not have to wait. Begins to fill the window where that is possible now."""
+        return self._can_begin(epoch, window) and self.get(epoch, window).is_done
+
+    def _can_begin(self, epoch: int, window: int) -> bool:
+        return self._follower is None or self._follower.are_there(self.shards_of(epoch, window))
+
+    def shards_of(self, epoch: int, window: int) -> list[int]:
+        """The shards a window draws from, ascending."""
+        order = self.order(epoch)
+        found = order.shards_of(window) if isinstance(order, CommitOrder) else np.unique(self.chunks.shard)
+        return found.tolist()
+
+    def first_shard(self, epoch: int, window: int) -> int:
+        """The lowest shard that this window and those after it draw from; past the last where there is none."""
+        order = self.order(epoch)
+        if window >= order.n_windows:
+            return int(self.chunks.shard[-1]) + 1
+        return self.shards_of(epoch, window)[0]
+
+    def forget_before(self, epoch: int, window: int) -> None:
+        """What is known of shards that the `commit` order has left behind is let go of: a plan may have any number."""
+        if isinstance(self.order(epoch), CommitOrder):
+            first = self.first_shard(epoch, window)
+            for found in self._captures:
+                found.forget_before(first)
+            if self._files is not None and first > self._first_open:
+                self._files.close()  # a file that is deleted takes disk until it is closed; those needed open again
+                self._first_open = first
+            if self.filter is not None:
+                self.filter.forget_before(first)
+
+    def get(self, epoch: int, window: int) -> Filled:
         """The fill of a window: the one begun ahead, or one begun now, in whatever memory it takes."""
         self._check_process()
         if (epoch, window) not in self._fills:
+            if self._follower is not None:
+                self._follower.wait_for(self.shards_of(epoch, window))
             if self.courier is not None and not self.windows.has_room:
                 self.courier.settle(wait=True)  # copies under way keep memory that is free otherwise
                 self.windows.wait_for_room()
             self._fills[epoch, window] = self._begin(epoch, window)
         return self._fills[epoch, window]
 
-    def wait(self, epoch: int, window: int) -> tuple[Fill, Layout]:
+    def wait(self, epoch: int, window: int) -> tuple[Filled, Layout]:
         """The window, whole; forgotten here, so that whoever holds its tensors decides how long they live."""
-        self._awaited = fill = self.get(epoch, window)
-        del self._fills[epoch, window]
-        self._taken = (epoch, window)
         started = perf_counter()
+        self.forget_before(epoch, window)
         try:
+            self._awaited = fill = self.get(epoch, window)
+            del self._fills[epoch, window]
+            self._taken = (epoch, window)
             return fill, fill.wait()
         finally:
             self._awaited = None
@@ -187,17 +234,24 @@ class Filling:
         following = (epoch, window + 1) if window + 1 < self.order(epoch).n_windows else (epoch + 1, 0)
         if following in self._fills or following[0] == self._delivery.epochs:
             return
-        if self.windows.has_room:
+        if self.windows.has_room and self._can_begin(*following):
             self._fills[following] = self._begin(*following)
 
-    def _begin(self, epoch: int, window: int) -> Fill:
+    def _begin(self, epoch: int, window: int) -> Filled:
+        into = self.windows.take(self._selection.batch_size)
+        if self._source is not None:
+            return self._source.begin(into, epoch, window, self.counters)
+        return self.fill(into, epoch, window)
+
+    def fill(self, into: Window, epoch: int, window: int) -> Fill:
+        """Begin to fill a window in memory of the caller's choice."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._delivery.threads, thread_name_prefix="actcache-stream")
             if self._io_threads:
                 waiting = ThreadPoolExecutor(self._io_threads, thread_name_prefix="actcache-fetch")
                 self._fetching = Fetching(waiting, Room(FETCHED_BYTES))
         return Fill(
-            self.windows.take(self._selection.batch_size),
+            into,
             lambda: self._lay_out(epoch, window),
             self._pool,
             self.counters,
@@ -256,6 +310,10 @@ class Filling:
     def close(self) -> None:
         """Stop at once; let go of threads, buffers and files. One that is stuck in a read ends when the read does."""
         self.forget()
+        if self._follower is not None:
+            self._follower.close()
+        if self._source is not None:
+            self._source.close()
         if self._fetching is not None:  # not waited for: a request may take until its deadline
             self._fetching.pool.shutdown(wait=False, cancel_futures=True)
             self._fetching = None

@@ -73,6 +73,15 @@ class RowFilter:
             packed = self._passing[shard][lane]
         return np.unpackbits(packed, count=int(self._kept[shard])).view(np.bool_)
 
+    def n_planned(self, shard: int) -> int:
+        """Rows of a shard that pass in one lane by what the plan says: all rules but the norm limits."""
+        return int(self._common(shard).sum())
+
+    def forget_before(self, shard: int) -> None:
+        """Let go of what is known of lower shards."""
+        with self._lock:
+            self._passing = {s: bits for s, bits in self._passing.items() if s >= shard}
+
     def _common(self, shard: int) -> NDArray[np.bool_]:
         """What the plan alone decides, the same for every layer."""
         n, rules = int(self._kept[shard]), self._rules

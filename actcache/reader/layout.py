@@ -1,7 +1,7 @@
 """What goes where in a window: an arrangement turned into chunks to read and slots to put their rows in. No files."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,53 @@ class Lane(NamedTuple):
     buffer: int
     layer_index: int
     column: int
+
+
+class Kind(Protocol):
+    """What the rows of a piece are: [R, d] at most, of a dtype on disk, and whether they come in codes."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows at most, and numbers in a row."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the numbers; bfloat16 is its bits."""
+        ...
+
+    @property
+    def quantised(self) -> str | None:
+        """The logical dtype of rows that come in codes."""
+        ...
+
+
+class Piece(Protocol):
+    """Rows that land together: those of a chunk, or of a message from a service.
+
+    slots   where rows go, counted in this reader's own slots.
+    chosen  which rows of the piece those are; None: its first ones.
+    """
+
+    @property
+    def reader(self) -> Kind:
+        """What the rows are."""
+        ...
+
+    @property
+    def lane(self) -> Lane:
+        """Whose they are."""
+        ...
+
+    @property
+    def slots(self) -> I64:
+        """[n]."""
+        ...
+
+    @property
+    def chosen(self) -> I64 | None:
+        """[n], or None."""
+        ...
 
 
 class Source(NamedTuple):
@@ -46,12 +93,14 @@ class Layout(NamedTuple):
     layer       [n] int64 model layer of the row in each of this reader's slots (the first, where a row has several).
     row         [n] int64 global row number of each.
     own_before  [s + 1] how many of this reader's rows come before each slot of all ranks.
+    partition   [s] int16 the partition of the row in each slot of all ranks.
     """
 
     sources: list[Source]
     layer: I64
     row: I64
     own_before: I64
+    partition: NDArray[np.int16]
 
 
 class Places(NamedTuple):
@@ -106,7 +155,7 @@ def lay_out(
         for m in np.flatnonzero(is_own & (counts > 0)).tolist()
         for lane in [lanes[members.layer_i[m]][j]]
     ]
-    return Layout(sources, out_layer, out_row, own_before)
+    return Layout(sources, out_layer, out_row, own_before, arrangement.partition)
 
 
 def handfuls(sources: list[Source], size: int) -> list[tuple[int, list[Source]]]:

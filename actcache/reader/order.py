@@ -157,6 +157,11 @@ class CommitOrder:
         """Windows of an epoch."""
         return (len(self._shards) + self.depth - 1) * self.steps
 
+    def shards_of(self, window: int) -> I64:
+        """The shards a window draws from, ascending."""
+        newest = window // self.steps
+        return self._shards[max(0, newest - self.depth + 1) : newest + 1]
+
     def members(self, window: int) -> Members:
         """Which chunks a window holds, and who reads each."""
         newest, span = window // self.steps, self.depth * self.steps

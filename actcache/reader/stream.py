@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -19,15 +19,18 @@ from actcache.reader.counters import Counters
 from actcache.reader.courier import BATCHES_AHEAD, Courier, Parcel
 from actcache.reader.cursor import Cursor, from_state, to_state
 from actcache.reader.filling import Filling
+from actcache.reader.follow import Follower
 from actcache.reader.provenance import Provenance
 from actcache.reader.quality import Expected, Quality, QualityMeter, expected
 from actcache.reader.selection import Delivery, Selection, shards_text
+from actcache.reader.window import WindowSource
 from actcache.store.open import CaptureCatalog
 from actcache.store.schema import digest_of
 
 if TYPE_CHECKING:
     from actcache.reader.dataset import StreamDataset
 
+Connect = Callable[[list[CaptureCatalog], Selection, Delivery], WindowSource]
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -77,6 +80,8 @@ class Stream:
     ahead, devices, ranks and restarts change nothing. Iterating again goes on from the cursor.
 
     captures  one per hook of the selection.    kept  [shard] kept rows.    shards  those of the selection, ascending.
+    follower  waits for shards that are not committed yet; None: all are.
+    connect   makes what fills windows, where a service does; None: threads of this process do.
     """
 
     def __init__(
@@ -88,11 +93,23 @@ class Stream:
         *,
         kept: NDArray[np.int64],
         shards: NDArray[np.int64],
+        follower: Follower | None = None,
+        connect: Connect | None = None,
     ) -> None:
-        self.selection, self.delivery = selection, delivery
+        self.selection, self.delivery, self.follower, self._connect = selection, delivery, follower, connect
         self._captures, self._provenance, self._kept, self._shards = captures, provenance, kept, shards
-        self._filling = Filling(captures, provenance, selection, delivery, kept=kept, shards=shards)
+        self._filling = Filling(
+            captures,
+            provenance,
+            selection,
+            delivery,
+            kept=kept,
+            shards=shards,
+            follower=follower,
+            source=None if connect is None else connect(captures, selection, delivery),
+        )
         self._cursor = Cursor(0, 0, 0)
+        self._handed_out: NDArray[np.int64] | None = None
 
     # What a consumer may ask.
 
@@ -131,10 +148,16 @@ class Stream:
 
     @property
     def n_rows(self) -> int:
-        """Rows of one epoch over all ranks, after filters. With filters every shard's side arrays are read for it."""
+        """Rows of one epoch over all ranks, after filters. With filters every shard's side arrays are read for it.
+
+        In the `commit` order what only those side arrays say is left out, because a follower cannot know it yet: with norm
+        limits this is the most there can be.
+        """
         filling = self._filling
         if filling.filter is None:
             return filling.n_chunk_rows
+        if self.selection.order == "commit":
+            return sum(filling.filter.n_planned(int(s)) for s in self._shards) * len(filling.lanes)
         return sum(
             int(filling.filter.passing(int(shard), lane).sum())
             for shard in np.unique(filling.chunks.shard)
@@ -147,7 +170,7 @@ class Stream:
         return self._filling.n_chunk_rows - self.n_rows
 
     def __len__(self) -> int:
-        """Batches in all epochs together; TypeError where they never end."""
+        """Batches in all epochs together, by `n_rows`; TypeError where they never end."""
         if self.delivery.epochs is None:
             raise TypeError("a stream with epochs=None never ends, so it has no length")
         whole, rest = divmod(self.n_rows, self.selection.batch_size)
@@ -184,7 +207,14 @@ class Stream:
 
     def _copy(self, delivery: Delivery) -> "Stream":
         return Stream(
-            self._captures, self._provenance, self.selection, delivery, kept=self._kept, shards=self._shards
+            self._captures,
+            self._provenance,
+            self.selection,
+            delivery,
+            kept=self._kept,
+            shards=self._shards,
+            follower=None if self.follower is None else self.follower.again(),
+            connect=self._connect,
         )
 
     def quality(self, n_batches: int = 64) -> Quality:
@@ -230,6 +260,47 @@ class Stream:
         self._filling.forget()
         self._cursor = cursor
 
+    def first_shard(self, state: dict[str, Any] | None = None) -> int:
+        """The lowest shard that is needed from the cursor on, or from a saved one; one past the last where none is."""
+        epoch, window, _slot = self._cursor if state is None else from_state(state, self.settings)
+        if self.delivery.epochs is not None and epoch >= self.delivery.epochs:
+            return int(self._shards[-1]) + 1
+        return self._filling.first_shard(epoch, window)
+
+    def glance(self) -> dict[str, float]:
+        """How mixed the batch handed out last is, by where its rows come from; cheap, and safe from another thread."""
+        row = self._handed_out
+        if row is None or not len(row):
+            return {}
+        sequence, document = (self._provenance.look_up(name, row) for name in ("sequence", "document"))
+        largest = np.unique(document, return_counts=True)[1].max() / len(row)
+        return {"sequences": float(len(np.unique(sequence))), "largest_document": float(largest)}
+
+    @property
+    def shard_numbers(self) -> list[int]:
+        """The shards that are streamed, ascending."""
+        return self._shards.tolist()
+
+    def is_within_reach(self) -> bool:
+        """Whether no shard that is needed from the cursor on was retired."""
+        first = self.first_shard()
+        return not any(first <= shard <= self._shards[-1] for shard in self._captures[0].retired())
+
+    @property
+    def shards_per_window(self) -> int:
+        """Shards that a window mixes."""
+        return min(self.selection.commit_shards or len(self._shards), len(self._shards))
+
+    def shards_for(self, n_rows: int) -> int:
+        """Shards that the first `n_rows` rows of an epoch come from, about: norms are not known before."""
+        order, n_seen = self._filling.order(0), 0
+        for window in range(order.n_windows):
+            n_seen += self._filling.rows_before_filters(0, window)
+            if n_seen * self.n_rows >= n_rows * self._filling.n_chunk_rows:
+                last = self._filling.shards_of(0, window)[-1]
+                return int(np.searchsorted(self._shards, last)) + 1
+        return len(self._shards)
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of `epoch`, counted from 0."""
         self._filling.forget()
@@ -250,6 +321,7 @@ class Stream:
                     # May raise what went wrong further on: the cursor is still before this batch.
                     self._filling.read_ahead(after.epoch, after.window)
                 self._cursor = after
+                self._handed_out = None if part is None else part.row
                 if part is not None:
                     handed_out = time.perf_counter()
                     yield self._batch(part, parcel)
@@ -280,7 +352,7 @@ class Stream:
         for window in range(first_window, n_windows):
             skipped = first_slot if window == first_window else 0
             n_carried = 0 if carried is None else carried.n_slots
-            if not self._filling.get(epoch, window).is_done:
+            if not self._filling.is_done(epoch, window):
                 yield None
             part = self._part(epoch, window, skipped, carried)
             carried = None  # lets go of the window before

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -63,6 +63,38 @@ class Fetching(NamedTuple):
     room: Room
 
 
+class Filled(Protocol):
+    """A window on its way, from this machine's disks or from a service."""
+
+    window: Window
+    error: BaseException | None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would not have to wait."""
+        ...
+
+    def wait(self) -> Layout:
+        """Wait until the window is whole; raises what went wrong."""
+        ...
+
+    def cancel(self, reason: str) -> None:
+        """Stop; whoever waits gets an error."""
+        ...
+
+
+class WindowSource(Protocol):
+    """Fills windows, in place of threads that read shards."""
+
+    def begin(self, into: Window, epoch: int, window: int, counters: Counters) -> Filled:
+        """Begin to fill a window."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and connections."""
+        ...
+
+
 class Fill:
     """A window on its way. `wait` returns when every row has landed, or raises what went wrong.
 
@@ -99,6 +131,10 @@ class Fill:
     def is_done(self) -> bool:
         """Whether `wait` would not have to wait."""
         return self._done.is_set()
+
+    def is_done_within(self, seconds: float) -> bool:
+        """Wait so long for it, at most."""
+        return self._done.wait(seconds)
 
     def _open(self, lay_out: Callable[[], Layout]) -> None:
         started = perf_counter()

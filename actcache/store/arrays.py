@@ -113,6 +113,7 @@ def plan_arrays(grid: Grid) -> dict[str, ArraySpec]:
         "row_sequence": ArraySpec("row_sequence", rows, per_shard, ("row",), u4, NO_DOCUMENT),
         "row_position": ArraySpec("row_position", rows, per_shard, ("row",), u4, NO_DOCUMENT),
         "shards": ArraySpec("shards", shards, (SHARDS_PER_RECORD_OBJECT,), ("shard",), None, ""),
+        "retired": ArraySpec("retired", shards, (1,), ("shard",), None, ""),
     }
 
 

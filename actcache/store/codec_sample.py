@@ -87,7 +87,7 @@ def sample_chunks(
             f"them: use a store of another codec, or --model and --corpus"
         )
     r, places = grid.rows_per_chunk, []
-    for shard in capture.committed():
+    for shard in capture.live():
         places += [(shard, chunk) for chunk in range(int(kept[shard]) // r)]
     chosen_layers = list(layers or record.layers)
     if not places:

@@ -256,10 +256,10 @@ class Disk:
         except OSError as error:
             raise _explained(error, self.root / key) from error
 
-    def remove(self, key: str) -> None:
-        """Remove an object that no commit covers."""
+    def remove(self, key: str, *, missing_ok: bool = False) -> None:
+        """Remove an object that no commit covers, or that is retired."""
         self.announce("remove", key)
-        (self.root / key).unlink()
+        (self.root / key).unlink(missing_ok=missing_ok)
         _sync_dir((self.root / key).parent)
 
 

@@ -1,6 +1,7 @@
 """What a store holds: its plan, captures and ledger, checked as they are read. No torch, no zarr, no activations."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from actcache.errors import DamageError, NotFoundError, UncommittedError, UsageError
+from actcache.errors import ActcacheError, DamageError, NotFoundError, UncommittedError, UsageError
 from actcache.store.arrays import (
     PER_SHARD_PLAN_ARRAYS,
     ArraySpec,
@@ -26,6 +27,7 @@ from actcache.store.exact import exact_checksum
 from actcache.store.ledger import ledger_key, parse_record
 from actcache.store.local import LocalFiles
 from actcache.store.objects import LocalObjects, Objects, open_objects
+from actcache.store.retire import missing, read_retirement, retired_error, retired_shards
 from actcache.store.schema import (
     FORMAT,
     LEDGER_GENERATIONS,
@@ -100,11 +102,29 @@ class CaptureCatalog:
         self.arrays = capture_arrays(plan.grid, capture)
         self._records: dict[int, ShardRecord] = {}
         self._readers: dict[int, ShardReader] = {}
+        self._retired = plan_arrays(plan.grid)["retired"]
         self.files = LocalFiles(objects.root) if isinstance(objects, LocalObjects) else None
 
     def committed(self) -> list[int]:
-        """Committed shards, ascending. Looks at the store every time it is called."""
+        """Committed shards, retired ones too, ascending. Looks at the store every time it is called."""
         return sorted({shard for shard, _generation in self._ledger_names()})
+
+    def retired(self) -> list[int]:
+        """Retired shards, ascending: committed once, their rows deleted. Looks at the store every time it is called."""
+        return sorted(retired_shards(self.objects, self._retired))
+
+    def live(self) -> list[int]:
+        """Shards that can be read: committed and not retired, ascending."""
+        return sorted(set(self.committed()) - set(self.retired()))
+
+    def check_not_retired(self, shard: int) -> None:
+        """RetiredError where the rows of a shard were deleted to make room."""
+        record = read_retirement(self.objects, self._retired, self.plan, shard)
+        if record is not None:
+            raise retired_error(self.objects.url, record)
+
+    def _missing(self, shard: int, key: str) -> ActcacheError:
+        return missing(self.objects, self._retired, self.plan, shard, key)
 
     def is_committed(self, shard: int) -> bool:
         """Whether a shard is committed. Looks at the store every time it is called."""
@@ -125,7 +145,8 @@ class CaptureCatalog:
 
     def record(self, shard: int) -> ShardRecord:
         """The ledger record in force of a shard; UncommittedError when there is none."""
-        if shard not in self._records:
+        known = self._records.get(shard)  # another thread may forget it at any moment
+        if known is None:
             found = self.newest(shard)
             if found is None:
                 raise UncommittedError(
@@ -134,8 +155,8 @@ class CaptureCatalog:
                 )
             generation, data = found
             key = ledger_key(self.arrays["ledger"], shard, generation)
-            self._records[shard] = parse_record(data, key, self.capture, shard, generation)
-        return self._records[shard]
+            self._records[shard] = known = parse_record(data, key, self.capture, shard, generation)
+        return known
 
     def newest(self, shard: int) -> tuple[int, bytes] | None:
         """Generation and bytes of the record in force, not checked; None where there is none. Looks at the store."""
@@ -150,13 +171,14 @@ class CaptureCatalog:
 
     def reader(self, shard: int) -> ShardReader:
         """Chunks of a committed shard."""
-        if shard not in self._readers:
+        known = self._readers.get(shard)
+        if known is None:
             spec, record = self.arrays["rows"], self.record(shard)
             assert spec.inner is not None
             chunks = Chunks.from_record(record, len(self.capture.layers))
             key = side_key(spec, shard, record.generation)
             _one, rows_per_chunk, width = spec.inner
-            self._readers[shard] = ShardReader(
+            self._readers[shard] = known = ShardReader(
                 self.objects,
                 key,
                 chunks,
@@ -164,8 +186,15 @@ class CaptureCatalog:
                 (rows_per_chunk, width),
                 files=self.files,
                 quantised=self.capture.dtype if is_quantised(self.capture) else None,
+                on_missing=lambda: self._missing(shard, key),
             )
-        return self._readers[shard]
+        return known
+
+    def forget_before(self, shard: int) -> None:
+        """Let go of what was read about lower shards; it is read again where somebody asks."""
+        for known in (self._records, self._readers):
+            for number in [n for n in list(known) if n < shard]:
+                known.pop(number, None)
 
     def side(self, name: str, shard: int) -> NDArray[Any]:
         """A side array's values for one committed shard, in the shape of its object; not `exact`, which others read."""
@@ -173,7 +202,8 @@ class CaptureCatalog:
         assert name in side_arrays(self.capture)
         assert spec.inner is None
         record = self.record(shard)
-        return read_checked(self.objects, spec, side_key(spec, shard, record.generation), record.side[name])
+        key = side_key(spec, shard, record.generation)
+        return read_checked(self.objects, spec, key, record.side[name], lambda: self._missing(shard, key))
 
     def layer_index(self, layer: int) -> int:
         """Where a model layer lies on the layer axis; UsageError names those there are."""
@@ -184,13 +214,21 @@ class CaptureCatalog:
         return self.capture.layers.index(layer)
 
 
-def read_checked(objects: Objects, spec: ArraySpec, key: str, expected: tuple[int, int]) -> NDArray[Any]:
+def read_checked(
+    objects: Objects,
+    spec: ArraySpec,
+    key: str,
+    expected: tuple[int, int],
+    on_missing: Callable[[], ActcacheError] | None = None,
+) -> NDArray[Any]:
     """Read one object and compare it with what was written down of it (bytes, crc32c)."""
     try:
         data = objects.read(key)
         if object_problem(spec, data, expected):
             data = objects.read(key)  # it may have gone wrong on the way here
     except FileNotFoundError as error:
+        if on_missing is not None:
+            raise on_missing() from error
         raise DamageError(f"{key} is missing. {WHAT_TO_DO}") from error
     problem = object_problem(spec, data, expected)
     if problem:

@@ -257,3 +257,21 @@ class ShardRecord(Record):
     def expected_digest(self) -> str:
         """The digest this record should carry: over every field but `digest` and `producer`."""
         return digest_of(self.model_dump(mode="json", exclude={"digest", "producer"}))
+
+
+class Retirement(Record):
+    """A shard whose rows were deleted, in every capture, to make room. Written before they are.
+
+    consumers: who was waited for -> the first shard it still needed, by its last saved checkpoint.
+    """
+
+    format: Literal[1]
+    plan_digest: Hex
+    shard: int
+    consumers: dict[str, int]
+    digest: Hex
+    producer: Producer
+
+    def expected_digest(self) -> str:
+        """The digest this record should carry: over every field but `digest` and `producer`."""
+        return digest_of(self.model_dump(mode="json", exclude={"digest", "producer"}))

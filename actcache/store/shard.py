@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import DamageError
+from actcache.errors import ActcacheError, DamageError
 from actcache.store.codec import CRC_BYTES, Codec, crc32c, trailer, with_trailer
 from actcache.store.dtypes import disk_dtype
 from actcache.store.local import LocalFiles
@@ -116,8 +116,9 @@ def chunk_damage(key: str, layer_i: int, chunk: int, what: str) -> DamageError:
 class ShardReader:
     """Chunks of one committed shard, each compared with the ledger before it is decoded.
 
-    files      reads a local store without new memory for each chunk; None reads through `objects`.
-    quantised  the logical dtype of rows that are stored in codes; None: rows are stored as they are.
+    files       reads a local store without new memory for each chunk; None reads through `objects`.
+    quantised   the logical dtype of rows that are stored in codes; None: rows are stored as they are.
+    on_missing  the error to raise where the object is not there.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class ShardReader:
         *,
         files: LocalFiles | None = None,
         quantised: str | None = None,
+        on_missing: Callable[[], ActcacheError] | None = None,
     ) -> None:
         self._objects, self._files, self.key, self.chunks = objects, files, key, chunks
         self._codec, self.shape, self.quantised = codec, shape, quantised
@@ -137,6 +139,7 @@ class ShardReader:
         """Of the rows that are handed out: bfloat16 is its bits."""
         self.row_bytes = shape[1] * self.dtype.itemsize
         self._offset, self._stored = chunks.offset, chunks.stored
+        self._on_missing = on_missing
 
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows [R, d] of one chunk; DamageError where a byte differs from what was committed.
@@ -166,7 +169,12 @@ class ShardReader:
         try:
             return self._objects.read_ranges(self.key, [self._range(*one) for one in wanted], fresh=fresh)
         except FileNotFoundError as error:
-            raise DamageError(f"{self.key} is committed but missing. {WHAT_TO_DO}") from error
+            raise self._missing() from error
+
+    def _missing(self) -> ActcacheError:
+        if self._on_missing is not None:
+            return self._on_missing()
+        return DamageError(f"{self.key} is committed but missing. {WHAT_TO_DO}")
 
     def load(
         self, layer_i: int, chunk: int, *, fresh: bool = False, files: LocalFiles | None = None
@@ -181,7 +189,7 @@ class ShardReader:
         try:
             return files.read(self.key, *self._range(layer_i, chunk), fresh=fresh)
         except FileNotFoundError as error:
-            raise DamageError(f"{self.key} is committed but missing. {WHAT_TO_DO}") from error
+            raise self._missing() from error
 
     def _problem(self, layer_i: int, chunk: int, data: memoryview) -> str | None:
         n_bytes = self.n_bytes(layer_i, chunk)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from actcache.errors import ActcacheError
-from actcache.store.arrays import PER_SHARD_PLAN_ARRAYS, ArraySpec, side_arrays, side_key
+from actcache.store.arrays import PER_SHARD_PLAN_ARRAYS, ArraySpec, plan_arrays, side_arrays, side_key
 from actcache.store.codec import CRC_BYTES, crc32c, trailer
 from actcache.store.ledger import ledger_key
 from actcache.store.objects import Objects
@@ -18,6 +18,7 @@ from actcache.store.open import (
     object_problem,
     plan_attributes,
 )
+from actcache.store.retire import of_every_generation, read_retirement
 from actcache.store.schema import ShardRecord
 from actcache.store.shard import Chunks, chunk_problem
 
@@ -166,6 +167,25 @@ def _check_capture(capture: CaptureCatalog) -> Iterator[Problem]:
             )
 
 
+def _check_retired(capture: CaptureCatalog) -> Iterator[Problem]:
+    """The records of retired shards, and objects that should have gone with them."""
+    retired = plan_arrays(capture.plan.grid)["retired"]
+    for shard in capture.retired():
+        try:
+            record = read_retirement(capture.objects, retired, capture.plan, shard)
+        except ActcacheError as error:
+            yield Problem(retired.key(shard), str(error))
+            continue
+        for _spec, key in of_every_generation(capture.arrays, shard):
+            folder, _, name = key.rpartition("/")
+            if record is not None and name in capture.objects.names(folder):
+                yield Problem(
+                    key,
+                    "is still there although its shard is retired: a build was stopped while it made room (running it "
+                    "again mends this)",
+                )
+
+
 def find_problems(
     catalog: Catalog, threads: int, on_shard: Callable[[], None] = lambda: None
 ) -> list[Problem]:
@@ -203,9 +223,11 @@ def find_problems(
             name = f"acts/{capture.capture.name}/zarr.json"
             problems += _check_group(objects, name, capture_attributes(capture.capture))
             problems += _check_capture(capture)
+            problems += _check_retired(capture)
             for path, digest in capture.capture.metadata.items():
                 problems += _check_metadata(objects, f"acts/{capture.capture.name}/{path}/zarr.json", digest)
-            for found in pool.map(check_shard, [capture] * len(capture.committed()), capture.committed()):
+            live = capture.live()
+            for found in pool.map(check_shard, [capture] * len(live), live):
                 problems += found
                 on_shard()
     return problems

@@ -125,7 +125,7 @@ DEPENDENTS = {
     "acts/zarr.json": set(),  # this and all below describe arrays to other readers
     **{
         f"{name}/zarr.json": set()
-        for name in ("tokens", "document", "keep", "row_sequence", "row_position", "shards")
+        for name in ("tokens", "document", "keep", "row_sequence", "row_position", "shards", "retired")
     },
     **{
         f"{HOOK}/{name}/zarr.json": set() for name in ("rows", "norm", "moments", "totals", "layer", "ledger")

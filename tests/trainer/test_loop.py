@@ -12,7 +12,7 @@ from actcache.errors import (
     UsageError,
 )
 from tests.trainer.list_source import EndlessSource, ListSource, random_source
-from trainer import durable, transform, window
+from trainer import durable, transform
 from trainer.checkpoint import load_sae
 from trainer.config import TrainConfig
 from trainer.loop import train
@@ -259,10 +259,9 @@ class PoisonedSource(ListSource):
 
 
 def test_not_a_number_stops_before_the_weights_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(window, "FIRST_WINDOW_ROWS", 96)
     source = random_source(kind=PoisonedSource)
     with pytest.raises(NonFiniteError) as caught:
-        train(source, config_of(rows=200), tmp_path)
+        train(source, config_of(rows=200, first_window_rows=96), tmp_path)
     message = str(caught.value)
     row = random_source(kind=ListSource)
     batch = [b for _, b in zip(range(5), row, strict=False)][4]

@@ -1,0 +1,314 @@
+"""Rows a second over Arrow Flight on this machine, against the stream read from disk and against Flight itself.
+
+    python benchmarks/service.py --work build/bench --out benchmarks/results/service.json
+
+The server is a process of its own. In every round, one after the other and each for some seconds, for every codec:
+
+    local              `Store.stream` in the client process, from disk
+    flight             the same messages from memory, received and put where a window would have them: what Flight does alone
+    shared             windows that are decoded already: what a second trainer or rank on the same order gets
+    served             windows decoded for this client alone
+    served x 2, x 4    as many clients at once on one order, each in a process of its own: all their rows together
+
+and flight, shared and served once more over TLS. `cpu_s_per_gb` counts both processes. On a machine with few cores the
+server's decoding and the two ends of Flight share them; `served` cannot then reach `local`, which has them for itself.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import flight
+
+import actcache
+from actcache.service import wire
+from actcache.service.access import Access
+from actcache.service.link import _OPTIONS
+from actcache.service.server import Server
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.synthetic import make_store
+
+BATCH, WINDOW, WIDTH, LAYERS = 8192, 131_072, 768, 4
+MEMORY = 1100 << 20  # five windows: memory is used again after the first seconds, as in any long run
+ROW_BYTES = 2 * WIDTH
+
+
+# The server's process.
+
+
+class Alone(flight.FlightServerBase):
+    """Flight and nothing else: messages of the right size, from memory, sent again and again."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        n = wire.MESSAGE_BYTES // ROW_BYTES
+        rows = np.random.default_rng(0).integers(0, 1 << 16, (n, WIDTH), dtype=np.uint16)
+        self._schema = wire.schema_of([("resid_post", ROW_BYTES, "bfloat16")])
+        numbers = np.arange(n)
+        self._batch = wire.message(
+            self._schema, numbers.astype(np.uint32), numbers.astype(np.int32), numbers, [rows]
+        )
+
+    def do_get(self, context: Any, ticket: flight.Ticket) -> flight.FlightDataStream:  # noqa: ARG002
+        """As many messages as the ticket says."""
+        batches = [self._batch] * int(ticket.ticket)
+        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(self._schema, batches))
+
+
+def serve(root: str) -> None:
+    """Serve the folder and Flight alone, each without and with TLS, until standard input ends."""
+    from tests.service.certificates import Signer
+
+    signer = Signer()
+    pair = signer.sign("benchmark")
+    servers: list[Any] = [Server(root, Access(), memory_bytes=MEMORY)]
+    servers.append(Server(root, Access(cert=pair.cert, key=pair.key), memory_bytes=MEMORY))
+    servers.append(Alone(location="grpc://127.0.0.1:0"))
+    servers.append(Alone(location="grpc+tls://127.0.0.1:0", tls_certificates=[pair]))
+    print(json.dumps({"ports": [s.port for s in servers], "ca": signer.pem.decode()}), flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+
+# The clients.
+
+
+def consume(stream: Any, seconds: float) -> int:
+    """Rows handed out in so many seconds."""
+    n_rows, ends = 0, time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        for batch in stream:
+            n_rows += len(batch)
+            if time.perf_counter() > ends:
+                break
+        else:
+            stream.set_epoch(0)  # one that has an end begins again
+    return n_rows
+
+
+def receive(location: str, ca: bytes | None, seconds: float) -> int:
+    """Rows of Flight alone, copied to where a window would have them."""
+    options = {} if ca is None else {"tls_root_certs": ca}
+    client = flight.FlightClient(location, generic_options=list(_OPTIONS.items()), **options)
+    window, n_rows, at = np.empty((WINDOW, WIDTH), np.uint16), 0, 0
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        reader = client.do_get(flight.Ticket(str(wire.MESSAGES_PER_CALL).encode()))
+        while True:
+            try:
+                batch = reader.read_chunk().data
+            except StopIteration:
+                break
+            rows = wire.rows_of(batch.column(3), np.dtype(np.uint16))
+            if at + len(rows) > WINDOW:
+                at = 0
+            window[at : at + len(rows)] = rows
+            at, n_rows = at + len(rows), n_rows + len(rows)
+    return n_rows
+
+
+def measure(work: Callable[[], int], pid: int) -> dict[str, float]:
+    """Rows a second, and CPU seconds per GB of rows of this process and the server."""
+    began, before = time.perf_counter(), _cpu_s(pid) + time.process_time()
+    n_rows = work()
+    elapsed, cpu_s = time.perf_counter() - began, _cpu_s(pid) + time.process_time() - before
+    return _speed(n_rows, elapsed, cpu_s)
+
+
+def _speed(n_rows: int, elapsed_s: float, cpu_s: float) -> dict[str, float]:
+    n_gb = n_rows * ROW_BYTES / 1e9
+    return {"rows_per_s": n_rows / elapsed_s, "gb_per_s": n_gb / elapsed_s, "cpu_s_per_gb": cpu_s / n_gb}
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def several(n: int, url: str, seconds: float, pid: int) -> dict[str, float]:
+    """Several clients at once on one order, each a process of its own, measured when all are under way."""
+    command = [sys.executable, __file__, "--client", url, "--seconds", str(seconds)]
+    clients = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(n)
+    ]
+    pipes = [(c.stdin, c.stdout) for c in clients if c.stdin is not None and c.stdout is not None]
+    for _to, back in pipes:
+        back.readline()
+    began, before = time.perf_counter(), _cpu_s(pid)
+    for to, _back in pipes:
+        to.write("go\n")
+        to.flush()
+    said = [json.loads(back.readline()) for _to, back in pipes]
+    elapsed, served_s = time.perf_counter() - began, _cpu_s(pid) - before
+    for client in clients:
+        client.communicate()
+    return _speed(sum(s["rows"] for s in said), elapsed, served_s + sum(s["cpu_s"] for s in said))
+
+
+def be_a_client(url: str, seconds: float) -> None:
+    """One of `several`."""
+    with _stream(url, None, seed=0) as stream:
+        consume(stream, 1.0)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        before = time.process_time()
+        n_rows = consume(stream, seconds)
+        print(json.dumps({"rows": n_rows, "cpu_s": time.process_time() - before}), flush=True)
+
+
+def _stream(url: str, ca: bytes | None, seed: int = 0, epochs: int | None = None) -> Any:
+    store = actcache.open(url, {"ca": ca} if ca else None)
+    return store.stream(batch_size=BATCH, window_rows=WINDOW, epochs=epochs, seed=seed, threads=2)
+
+
+@contextmanager
+def server(root: Path) -> Iterator[tuple[subprocess.Popen, dict[str, Any]]]:
+    """The server's process and where it listens."""
+    command = [sys.executable, __file__, "--serve", str(root)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(20)
+
+
+class Bench:
+    """All ways to get rows, measured against one server process."""
+
+    def __init__(self, args: argparse.Namespace, root: Path, process: subprocess.Popen, said: dict) -> None:
+        self.args, self.root, self.pid = args, root, process.pid
+        self.found: dict[str, list[dict[str, float]]] = {}
+        self._seeds = iter(range(1, 10**6))
+        plain, secure, alone, alone_secure = said["ports"]
+        ca = said["ca"].encode()
+        self.ways, self._bare = _ways(plain, secure, ca), _ways(alone, alone_secure, ca)
+
+    def _note(self, name: str, work: Callable[[], int]) -> None:
+        self._keep(name, measure(work, self.pid))
+
+    def _keep(self, name: str, one: dict[str, float]) -> None:
+        self.found.setdefault(name, []).append(one)
+        print(f"{name:24s} {one}", file=sys.stderr, flush=True)
+
+    def warm_up(self) -> None:
+        """Memory that a process uses for the first time is slow to come by."""
+        for location, pem in self.ways.values():
+            url = f"{location}/{self.args.codecs[0]}.zarr"
+            with _stream(url, pem, seed=next(self._seeds)) as stream:
+                consume(stream, self.args.warm_up)
+
+    def round(self) -> None:
+        """Everything once, one after the other."""
+        for tls in self.ways:
+            self._note(f"flight{tls}", lambda tls=tls: receive(*self._bare[tls], self.args.seconds))
+        for codec in self.args.codecs:
+            self._local(codec)
+            for tls in self.ways:
+                self._served(codec, tls)
+                self._shared(codec, tls)
+            for n in (2, 4):
+                url = f"{self.ways[''][0]}/{codec}.zarr"
+                self._keep(f"{codec} served x {n}", several(n, url, self.args.seconds, self.pid))
+
+    def _local(self, codec: str) -> None:
+        with _stream(str(self.root / f"{codec}.zarr"), None) as stream:
+            consume(stream, 1.0)
+            self._note(f"{codec} local", lambda: consume(stream, self.args.seconds))
+
+    def _served(self, codec: str, tls: str) -> None:
+        location, pem = self.ways[tls]
+        with _stream(f"{location}/{codec}.zarr", pem, seed=next(self._seeds)) as stream:
+            consume(stream, 1.0)
+            self._note(f"{codec} served{tls}", lambda: consume(stream, self.args.seconds))
+
+    def _shared(self, codec: str, tls: str) -> None:
+        location, pem = self.ways[tls]
+        with _stream(f"{location}/{codec}.zarr", pem, epochs=1) as stream:  # fits the server's memory
+            for _batch in stream:
+                pass
+            stream.set_epoch(0)
+            self._note(f"{codec} shared{tls}", lambda: consume(stream, self.args.seconds))
+
+
+def _ways(plain: int, secure: int, ca: bytes) -> dict[str, tuple[str, bytes | None]]:
+    return {"": (f"grpc://127.0.0.1:{plain}", None), " TLS": (f"grpc+tls://127.0.0.1:{secure}", ca)}
+
+
+def ratios(codecs: list[str], medians: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Rows a second of what is served, over those of the local stream and of Flight alone."""
+    found = {}
+    for codec in codecs:
+        for tls in ("", " TLS"):
+            for what in ("shared", "served"):
+                mine = medians[f"{codec} {what}{tls}"]["rows_per_s"]
+                found[f"{codec} {what}{tls} / local"] = mine / medians[f"{codec} local"]["rows_per_s"]
+                found[f"{codec} {what}{tls} / flight{tls}"] = mine / medians[f"flight{tls}"]["rows_per_s"]
+    return found
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds; medians and raw numbers."""
+    root = args.work / "served"
+    for codec in args.codecs:
+        make_store(root / f"{codec}.zarr", n_tokens=args.tokens, n_layers=LAYERS, width=WIDTH, codec=codec)
+    with server(root) as (process, said):
+        bench = Bench(args, root, process, said)
+        bench.warm_up()
+        for _ in range(args.rounds):
+            bench.round()
+    medians = {
+        name: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+        for name, rounds in bench.found.items()
+    }
+    return {
+        "shape": {"batch": BATCH, "window": WINDOW, "width": WIDTH, "layers": LAYERS, "tokens": args.tokens},
+        "machine": {"cpus": os.cpu_count(), "load": os.getloadavg()},
+        "versions": {"pyarrow": pa.__version__, "numpy": np.__version__, "actcache": actcache.__version__},
+        "medians": medians,
+        "ratios": ratios(args.codecs, medians),
+        "rounds": bench.found,
+    }
+
+
+def main() -> None:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("build/bench"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--warm-up", type=float, default=12.0)
+    parser.add_argument("--codecs", nargs="+", default=["none", "zstd"])
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve)
+    elif args.client:
+        be_a_client(args.client, args.seconds)
+    else:
+        result = run(args)
+        print(json.dumps({"medians": result["medians"], "ratios": result["ratios"]}, indent=2))
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
