@@ -86,6 +86,12 @@ def test_the_decomposition_is_of_tokens_kept_at_all_layers(found, subject):
     (shard,) = subject.shards("holdout")
     assert found[0].variance["mass"].n_tokens == shard.passes.all(0).sum() < len(shard)
     assert found[0].n_tokens == len(shard)
+    at = torch.from_numpy(shard.passes.all(0))
+    active = np.zeros((int(at.sum()), 2, subject.n_latents), bool)
+    for i, layer in enumerate(subject.layers):
+        code = subject.encode(shard.rows(layer, dtype=torch.float32)[at], layer)
+        np.put_along_axis(active[:, i], code.indices.numpy(), (code.values > 1e-3).numpy(), 1)
+    assert found[0].pairs.tolist() == np.bincount(active.sum(1)[active.any(1)], minlength=3).tolist()
     for shares in found[0].variance.values():
         assert shares.identity < 1e-12
         assert shares.min_tokens == 2
