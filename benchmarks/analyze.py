@@ -49,12 +49,12 @@ summary = analyse_and_write(
 end = time.perf_counter()
 for stage, after in zip(stages, [s["began"] for s in stages[1:]] + [end], strict=True):
     stage["seconds"] = after - stage.pop("began")
-print(json.dumps({"stages": stages, "imported_bytes": imported, "peak_bytes": kib("VmHWM") * 1024, "summary": summary.as_json()}))
+print(json.dumps({"stages": stages, "imported_bytes": imported, "peak_bytes": kib("VmHWM") * 1024, "cpu_seconds": time.process_time(), "summary": summary.as_json()}))
 """
 
 
 def analyse(run: Path, store: Path, out: Path, split: str, *, model: bool) -> dict[str, Any]:
-    """One analysis in a process of its own: its stages, seconds from its start to its end, and memory."""
+    """One analysis in a process of its own: its stages, seconds from its start to its end, its threads' CPU seconds, and memory."""
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
     done = subprocess.run(
@@ -104,6 +104,7 @@ def memory(work: Path) -> dict[str, Any]:
         found[n] = {
             "n_rows": n * SHARD_ROWS * LAYERS,
             "seconds": one["seconds"],
+            "cpu_seconds": one["cpu_seconds"],
             "imported_bytes": one["imported_bytes"],
             "peak_bytes": one["peak_bytes"],
             "growth_bytes": growth,
@@ -146,7 +147,7 @@ def main() -> None:
             demo / "run", demo / "acts.zarr", arguments.work / "analyze-demo", "holdout", model=True
         ),
     }
-    print(f"demo: {report['demo']['seconds']:.0f} s", flush=True)
+    print(f"demo: {report['demo']['seconds']:.0f} s, {report['demo']['cpu_seconds']:.0f} of CPU", flush=True)
     report["memory"] = memory(arguments.work)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

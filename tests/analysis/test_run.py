@@ -13,8 +13,11 @@ import torch
 
 import actcache
 from actcache.errors import DamageError, NotFoundError, UsageError
+from analysis import figures
 from analysis import latents as latents_module
 from analysis.findings_tables import findings_tables
+from analysis.latents import encode_store
+from analysis.layers import LayerCounts
 from analysis.metrics import evaluate
 from analysis.output import analyse_and_write
 from analysis.prompts import prompt_latents
@@ -22,6 +25,7 @@ from analysis.reporter import Reporter
 from analysis.run import Request, analyse
 from analysis.subject import load_subject
 from analysis.summary import read_summary
+from analysis.trace import Trace
 from tests.analysis.conftest import train
 from tests.conftest import no_sync
 
@@ -82,6 +86,12 @@ def test_the_decomposition_is_of_tokens_kept_at_all_layers(found, subject):
     (shard,) = subject.shards("holdout")
     assert found[0].variance["mass"].n_tokens == shard.passes.all(0).sum() < len(shard)
     assert found[0].n_tokens == len(shard)
+    at = torch.from_numpy(shard.passes.all(0))
+    active = np.zeros((int(at.sum()), 2, subject.n_latents), bool)
+    for i, layer in enumerate(subject.layers):
+        code = subject.encode(shard.rows(layer, dtype=torch.float32)[at], layer)
+        np.put_along_axis(active[:, i], code.indices.numpy(), (code.values > 1e-3).numpy(), 1)
+    assert found[0].pairs.tolist() == np.bincount(active.sum(1)[active.any(1)], minlength=3).tolist()
     for shares in found[0].variance.values():
         assert shares.identity < 1e-12
         assert shares.min_tokens == 2
@@ -93,6 +103,46 @@ def test_the_trace_ends_where_the_counts_do(found):
     assert trace[-1].n_tokens == found[0].n_tokens
     assert trace[-1].layer_std.n == latents.is_alive.sum()
     assert trace[-1].layer_std.mean == pytest.approx(np.nanmean(latents.std))
+
+
+def test_every_point_of_the_trace_is_of_the_tokens_so_far(subject, tmp_path):
+    """Over shards of several sizes, cut where points fall: as if each point were an analysis of its own."""
+    latents = encode_store(subject, tmp_path / "latents", split="train")
+    trace = Trace(LayerCounts(subject.layers, subject.n_latents), latents.n_tokens)
+    blocks = [[], []]
+    for codes in latents:
+        trace.update(codes)
+        for i, block in enumerate(blocks):
+            values, chosen = codes.padded(i)
+            dense = np.zeros((len(codes), subject.n_latents))
+            np.add.at(dense, (np.arange(len(codes))[:, None], chosen), values)
+            block.append(np.where(codes.passes[:, i : i + 1] & (dense > 1e-3), dense, 0))
+    a = np.stack([np.concatenate(block) for block in blocks])  # [l, t, f]
+    places = np.unique(np.round(np.linspace(0, len(a[0]), 17))[1:])
+    assert [p.n_tokens for p in trace.points] == places.tolist()
+    for point in trace.points:
+        totals = a[:, : point.n_tokens].sum(1)
+        alive = totals.sum(0) > 0
+        share = totals[1, alive] / totals[:, alive].sum(0)  # of layer 1, the other is layer 0
+        std = np.sqrt(share * (1 - share))
+        assert point.layer_std.n == alive.sum()
+        assert point.layer_std.mean == pytest.approx(std.mean(), rel=1e-6)
+        assert point.layer_std.var == pytest.approx(std.var(ddof=1), rel=1e-6)
+
+
+def test_the_heatmap_of_a_text_is_of_its_kept_tokens(found):
+    for prompt in found[0].model.prompts:
+        (image,) = figures.prompt_heatmap(prompt).axes[0].images
+        e = prompt.entries
+        totals = np.zeros(prompt.latents.p.shape)
+        kept = prompt.is_kept[e.token]
+        np.add.at(totals, (e.layer_i[kept], e.latent[kept]), e.activation[kept])
+        p = totals[:, totals.sum(0) > 0] / totals.sum(0)[totals.sum(0) > 0]
+        shown = np.asarray(image.get_array())
+        assert shown.shape == p.shape
+        order = np.argsort(p[1], kind="stable")  # mean layer of layers 0 and 1
+        np.testing.assert_allclose(shown, p[:, order], atol=1e-6)
+        assert (prompt.is_kept == np.arange(len(prompt.tokens)).astype(bool)).all()
 
 
 def test_prompts_are_what_the_model_and_the_sae_say(found, subject, model, decoder):
