@@ -57,6 +57,9 @@ bench: $(VENV)/.interop
 	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/shuffle.py --work build/bench --out benchmarks/results/shuffle.json
 	$(BIN)/python benchmarks/memory.py --work build/bench --out benchmarks/results/memory.json
+	$(BIN)/python benchmarks/build.py --work build/bench --out benchmarks/results/build.json
+	$(BIN)/python benchmarks/build_memory.py --work build/bench --out benchmarks/results/build_memory.json
+	$(BIN)/python benchmarks/quantise.py --work build/bench --out benchmarks/results/quantise.json
 	$(BIN)/python benchmarks/train_wait.py --work build/bench --out benchmarks/results/train_wait.json
 	$(BIN)/python benchmarks/train_sweep.py --work build/bench --out benchmarks/results/train_sweep.json
 	$(BIN)/python benchmarks/object_storage.py --out benchmarks/results/object_storage.json

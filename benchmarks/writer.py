@@ -41,20 +41,28 @@ class Writing:
         self.work.mkdir(parents=True)
         return self.work
 
-    def raw(self) -> None:
+    def raw(self) -> Callable[[], None]:
         """A chunk at a time, as the shard writer does."""
         folder, chunks = self._fresh(), self.rows.reshape(-1, 256 * WIDTH)
-        for shard in range(self.n_shards):
-            with (folder / str(shard)).open("wb", buffering=0) as file:
-                for chunk in chunks:
-                    file.write(chunk.data)
 
-    def memmap(self) -> None:
+        def write() -> None:
+            for shard in range(self.n_shards):
+                with (folder / str(shard)).open("wb", buffering=0) as file:
+                    for chunk in chunks:
+                        file.write(chunk.data)
+
+        return write
+
+    def memmap(self) -> Callable[[], None]:
         """numpy.memmap, a file a shard."""
         folder = self._fresh()
-        for shard in range(self.n_shards):
-            shape, dtype = self.rows.shape, self.rows.dtype
-            np.memmap(folder / str(shard), dtype=dtype, mode="w+", shape=shape)[:] = self.rows
+
+        def write() -> None:
+            for shard in range(self.n_shards):
+                shape, dtype = self.rows.shape, self.rows.dtype
+                np.memmap(folder / str(shard), dtype=dtype, mode="w+", shape=shape)[:] = self.rows
+
+        return write
 
     def _planned(self, codec: str) -> Catalog:
         out = self._fresh() / "s.zarr"
@@ -149,8 +157,8 @@ def measure_writer(arguments: argparse.Namespace) -> dict:
     """Part "writer": CPU seconds per GB, every method once a round."""
     writing = Writing(arguments.work, 2, 16_384)
     methods: dict[str, Callable[[], Callable[[], None]]] = {
-        "raw": lambda: writing.raw,
-        "memmap": lambda: writing.memmap,
+        "raw": writing.raw,
+        "memmap": writing.memmap,
     }
     for codec in ("none", "lz4", "zstd", "uint8"):
         if codec != "uint8":

@@ -374,11 +374,11 @@ def write_store(
             )
         commit_shards(truth, range(grid.n_shards) if commit is None else commit)
     if codec == "uint8":
-        return replace(truth, acts={h: _as_others_read(truth, h) for h in hooks})
+        return replace(truth, acts={h: as_others_read(truth, h) for h in hooks})
     return truth
 
 
-def _as_others_read(truth: Truth, hook: str) -> np.ndarray:
+def as_others_read(truth: Truth, hook: str) -> np.ndarray:
     """[l, q, t, d] of a quantised capture, by the rule of docs/format.md; zero where nothing is stored."""
     q, t = (
         np.asarray(zarr.open_array(truth.root / f"row_{x}", mode="r")[...]) for x in ("sequence", "position")

@@ -11,6 +11,7 @@ from tests.producer.test_crash import (
     kill_builds,
     writes,
 )
+from tests.producer.test_repair import die_repairing
 from tests.producer.test_workers import MANY, alone, fill_with_ray, kill_workers, one_thread
 
 __all__ = ["alone", "bench", "one_thread"]  # fixtures
@@ -39,6 +40,10 @@ def test_thirty_pairs_of_builds(bench):
 
 def test_thirty_pairs_one_of_which_is_killed(bench):
     build_at_once(bench, rounds=30, kill_one=True)
+
+
+def test_dying_at_every_step_of_a_repair(make_store, tmp_path):
+    die_repairing(make_store(tmp_path, hooks=("resid_post", "mlp_out"), codec="uint8"), tmp_path, every=1)
 
 
 def test_two_of_four_workers_killed_twenty_times(kit, make_store, tmp_path):
