@@ -108,7 +108,8 @@ def test_following_a_build_gives_what_training_afterwards_gives(big, whole, call
     report = json.loads(call("verify", out, "--json").out)
     assert report["problems"] == []
     assert report["retired"] > 10
-    call("eval", tmp_path / "live-run", out, "--device", "cpu", "--json")
+    one = tmp_path / "live-run" / ("k=2" if "--sweep" in more else "")
+    call("eval", one, out, "--device", "cpu", "--json")
     assert "was retired on" in call("train", out, "--out", tmp_path / "late", *TRAIN, code=1).err
     assert json.loads(call("top", out, "--json").out)["consumers"][0]["phase"] == "finished"
     assert "finished" in call("top", out, "--once").out
