@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from actcache.producer.corpus import Corpus
     from actcache.producer.importing import ImportSettings, ImportSummary, Source
     from actcache.producer.plan import SizeForecast
+    from actcache.producer.repair import RepairSummary
     from actcache.producer.settings import Settings
     from actcache.producer.summary import BuildReporter, BuildSummary
     from actcache.producer.workers import Rank
@@ -71,7 +72,10 @@ Partial = Annotated[
     bool, typer.Option("--partial", help="Of an unfinished store, take the shards that are committed now.")
 ]
 StorePath = Annotated[
-    str, typer.Argument(metavar="STORE", help="A store: a folder, or an fsspec URL such as s3://...")
+    str,
+    typer.Argument(
+        metavar="STORE", help="A store: a folder, an fsspec URL such as s3://..., or grpc://HOST:PORT/NAME."
+    ),
 ]
 
 
@@ -199,9 +203,9 @@ def _service_options(location: str) -> dict[str, Any] | None:
     """What the environment says of a service: a token, and certificates by their files."""
     if not location.startswith("grpc"):
         return None
-    names = {"token": "ACTCACHE_TOKEN", "ca": "ACTCACHE_CA", "cert": "ACTCACHE_CERT", "key": "ACTCACHE_KEY"}
-    found = {name: os.environ.get(variable) for name, variable in names.items()}
-    return {name: value for name, value in found.items() if value}
+    names = ("ca", "cert", "key", "server_name")
+    found = {name: os.environ.get(f"ACTCACHE_{name.upper()}") for name in names}
+    return {name: value for name, value in {**found, "token": _read_token(None)}.items() if value}
 
 
 def _open(location: str) -> "Store":
@@ -1107,7 +1111,10 @@ def info(
     batches: Annotated[int, typer.Option(help="With --shuffle: batches to measure.")] = 200,
     as_json: Json = False,
 ) -> None:
-    """Say what a store holds: model, text, layers, size, how much of it is committed."""
+    """Say what a store holds: model, text, layers, size, how much of it is committed. Of grpc://HOST:PORT, which stores it serves."""
+    if _is_bare_service(store):
+        _list_service(store, as_json=as_json)
+        return
     catalog = _catalog(store)
     facts = _facts(catalog)
     if shuffle:
@@ -1222,6 +1229,26 @@ def _facts(catalog: "Catalog") -> dict[str, Any]:
     }
 
 
+def _is_bare_service(location: str) -> bool:
+    """Whether a service is meant, and none of its stores by name."""
+    if not location.startswith("grpc"):
+        return False
+    from actcache.service.link import parse_address
+
+    return not parse_address(location).store
+
+
+def _list_service(location: str, *, as_json: bool) -> None:
+    from actcache.service.client import list_stores
+    from actcache.service.present import stores_table
+
+    found = list_stores(location, _service_options(location))
+    if as_json:
+        print(json.dumps({"stores": found}))
+    else:
+        Console().print(stores_table(location, found))
+
+
 @app.command()
 def verify(
     store: StorePath,
@@ -1257,6 +1284,106 @@ def verify(
         )
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    store: StorePath,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model the store was made with. Without it: the hub id in the plan."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, branch or tag of a hub model. Without it: the plan's.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Without it: what the plan says.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: spread a large model over all GPUs, as build does.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads that read and check.")] = 2,
+    encode_threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that compress. Without it: every core the model does not need."),
+    ] = None,
+    allow_non_finite: Annotated[
+        bool, typer.Option("--allow-non-finite", help="Store rows with NaN or infinity, as build does.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find damaged shards, as verify does, and rebuild them with the model. Exit 1 when something is left damaged."""
+    from actcache.model import load_model
+    from actcache.producer.repair import model_of, repair
+
+    _quiet_transformers()
+
+    def load(catalog: "Catalog") -> Any:
+        name, its_revision, request = *model_of(catalog, model), catalog.plan.request
+        return load_model(
+            name,
+            revision=revision or its_revision,
+            dtype=request.model.compute_dtype,
+            device=_device(device or request.device),
+            device_map=device_map,
+        )
+
+    summary = _run_repair(
+        store,
+        lambda on_verify, reporter: repair(
+            store,
+            load,
+            threads=threads,
+            encode_threads=encode_threads,
+            allow_non_finite=allow_non_finite,
+            on_verify=on_verify,
+            reporter=reporter,
+        ),
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(summary.as_json()))
+    if summary.left:
+        raise typer.Exit(1)
+
+
+def _run_repair(
+    store: str,
+    work: Callable[[Callable[[], None], "BuildReporter"], "RepairSummary"],
+    *,
+    quiet: bool,
+) -> "RepairSummary":
+    """Repair with bars and messages; stopped with Ctrl-C or SIGTERM it says how to go on."""
+    from actcache.producer.present import repair_lines
+    from actcache.producer.summary import BuildReporter
+    from actcache.store.open import open_catalog
+
+    catalog = open_catalog(store)
+    n_checks = catalog.grid.n_shards + sum(len(found.committed()) for found in catalog.captures.values())
+    with _progress("shards", quiet=quiet) as progress:
+        checking = progress.add_task("verify", total=n_checks)
+        running = progress.add_task("rebuild", total=None, visible=False, unit="tok")
+        reporter = BuildReporter(
+            on_start=lambda done, n: progress.update(running, total=n, completed=done, visible=True),
+            on_forward=lambda n: progress.advance(running, n),
+        )
+        terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            summary = work(lambda: progress.advance(checking), reporter)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(
+                f"stopped; what is rebuilt of {store} is safe. Run the same command again to go on."
+            )
+            sys.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+    if not quiet:
+        for problem in summary.left:
+            print(f"{problem.object}: {problem.what}")
+        for line in repair_lines(summary):
+            console.print(line, highlight=False)
+    return summary
 
 
 @app.command("bench")
@@ -1352,7 +1479,6 @@ def codecs(
     import tempfile
 
     from actcache.store.codec_sample import compare_codecs, sample_chunks
-    from actcache.store.open import open_catalog
     from actcache.store.present import codec_table
 
     if (store is None) == (model is None) or (model is None) != (corpus is None):
@@ -1369,7 +1495,7 @@ def codecs(
             )
             store, layers = str(folder), None
         assert store is not None
-        catalog = open_catalog(store)
+        catalog = _catalog(store)
         name = hook or ("resid_post" if "resid_post" in catalog.captures else sorted(catalog.captures)[0])
         capture = catalog.capture(name)
         chosen = _layers_to_try(layers, capture.capture.layers)
@@ -2570,7 +2696,9 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one and says which.")] = 8815,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="File with the token that every client must send. Or set ACTCACHE_TOKEN."),
+        typer.Option(
+            help="File with the token that every client must send. Or set ACTCACHE_TOKEN_FILE or ACTCACHE_TOKEN."
+        ),
     ] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(help="The service's certificate (PEM): serve over TLS.")
@@ -2637,12 +2765,15 @@ def serve(
 
 
 def _read_token(path: Path | None) -> str | None:
-    if path is None:
+    """A token out of a file, named here or by the environment; or out of the environment itself."""
+    named = os.environ.get("ACTCACHE_TOKEN_FILE")
+    if path is None and not named:
         return os.environ.get("ACTCACHE_TOKEN")
+    found, option = (path, "--token-file") if path is not None else (Path(named or ""), "ACTCACHE_TOKEN_FILE")
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise UsageError(f"--token-file {path}: {error.strerror}") from error
+        return found.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {found}: {getattr(error, 'strerror', 'it is no text')}") from error
 
 
 def _log_to_console() -> None:

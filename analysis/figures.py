@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from analysis.cross import Matrix
 from analysis.dictionary import CosineByDistance
-from analysis.layers import LatentLayers
+from analysis.layers import LatentLayers, histogram_of_distances, histogram_of_means
 from analysis.metrics import Evaluation
 from analysis.patched import PatchedScores
 from analysis.prompts import PromptLatents
@@ -126,25 +126,15 @@ def layer_heatmap(
 @drawing
 def mean_layers(latents: LatentLayers) -> Any:
     """Density of mean layers, 16 bins per layer, and of their distance to the nearest layer there is."""
-    figure, (left, right) = new_figure(columns=2, width_ratios=(2, 1))
-    means, layers = latents.mean[latents.is_alive], latents.layers
-    left.hist(
-        means,
-        bins=16 * len(layers),
-        range=(layers[0], max(layers[-1], layers[0] + 1)),
-        density=True,
-        color=BLUE,
-    )
-    left.set_xlabel("mean layer of a latent")
-    left.set_ylabel("density")
-    right.hist(distance_to_layer(means, layers), bins=24, density=True, color=ORANGE)
-    right.set_xlabel("distance to nearest layer")
+    figure, axes = new_figure(columns=2, width_ratios=(2, 1))
+    for at, found, colour, label in (
+        (axes[0], histogram_of_means(latents), BLUE, "mean layer of a latent"),
+        (axes[1], histogram_of_distances(latents), ORANGE, "distance to nearest layer"),
+    ):
+        at.hist(found.edges[:-1], found.edges, weights=found.density, color=colour)
+        at.set_xlabel(label)
+    axes[0].set_ylabel("density")
     return figure
-
-
-def distance_to_layer(means: NDArray[np.float64], layers: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How far each mean layer is from the nearest layer that was looked at."""
-    return np.abs(means[:, None] - layers).min(1)
 
 
 @drawing

@@ -18,20 +18,23 @@ main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.6rem;line-height:1.25;margin:0 0 .3rem}h2{font-size:1.2rem;margin:2.6rem 0 .6rem;padding-top:.8rem;border-top:1px solid var(--rule)}
 h3{font-size:1rem;margin:1.6rem 0 .4rem}p{margin:.5rem 0}.soft,figcaption,.note{color:var(--soft);font-size:.86rem}
 nav{margin:1rem 0;font-size:.9rem}nav a{margin-right:1rem;white-space:nowrap}a{color:inherit}
-figure{margin:1.2rem 0;break-inside:avoid}figure svg{display:block;width:100%;height:auto;max-width:52rem}
+figure{margin:1.2rem 0;break-inside:avoid}.drawing{overflow-x:auto}figure svg{display:block;width:100%;height:auto;max-width:52rem}
+@media (max-width:40rem){.drawing>svg{min-width:33rem}.grid .drawing>svg{min-width:0}}
+@media (prefers-color-scheme:dark){figure svg image{filter:brightness(1.6)}}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:1rem 0}
 .facts div{background:var(--card);border-radius:6px;padding:.55rem .7rem}.facts b{display:block;font-size:1.15rem;font-variant-numeric:tabular-nums}
 .facts span{color:var(--soft);font-size:.8rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
 th,td{padding:.22rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
-th{color:var(--soft);font-weight:600;cursor:pointer;user-select:none}th[aria-sort=ascending]::after{content:" \\25b4"}th[aria-sort=descending]::after{content:" \\25be"}
+th{color:var(--soft);font-weight:600;cursor:pointer;user-select:none;white-space:normal;vertical-align:bottom;line-height:1.25}th[aria-sort=ascending]::after{content:" \\25b4"}th[aria-sort=descending]::after{content:" \\25be"}
 td.text,th.text{text-align:left}td.wide{white-space:normal;min-width:16rem}
 .example{font:.82rem/1.7 ui-monospace,monospace;margin:.15rem 0;overflow-wrap:anywhere;white-space:pre-wrap}
 .example mark{color:inherit;background:rgba(var(--mark),var(--a));border-radius:2px}.example u{text-decoration-thickness:2px}
 details{margin:.6rem 0}summary{cursor:pointer}code{font-size:.9em}
 @media print{:root{--back:#fff;--ink:#000;--soft:#444;--rule:#bbb;--card:#f3f3f3}body{font-size:10pt}main{max-width:none;padding:0}nav{display:none}
-h2{break-after:avoid}details:not([open])>*:not(summary){display:none}.scroll{overflow:visible}table{font-size:7pt}th,td{padding:.1rem .3rem}}
+h2{break-after:avoid}details:not([open])>*:not(summary){display:none}.scroll,.drawing{overflow:visible}.drawing>svg{min-width:0}
+figure svg image{filter:none}tr,p{break-inside:avoid}table{font-size:6.5pt}th,td{padding:.1rem .22rem}}
 """
 
 _SCRIPT = """
@@ -80,7 +83,7 @@ def navigation(body: str) -> str:
 def figure(svg: str, caption: str, label: str) -> str:
     """A picture with its caption. label: what a screen reader says."""
     marked = svg.replace("<svg", f'<svg aria-label="{escape(label)}"', 1)
-    return f"<figure>\n{marked}\n<figcaption>{caption}</figcaption>\n</figure>"
+    return f'<figure>\n<div class="drawing">{marked}</div>\n<figcaption>{caption}</figcaption>\n</figure>'
 
 
 def facts(items: Sequence[tuple[str, str]]) -> str:
@@ -96,7 +99,7 @@ def table(rows: Table, columns: Sequence[str] | None = None, *, note: bool = Tru
     lists = [v.tolist() if isinstance(v, np.ndarray) else list(v) for v in values]
     is_text = [any(isinstance(v, str) for v in column) for column in lists]
     head = "".join(
-        f'<th scope="col"{" class=text" * text}>{escape(name)}</th>'
+        f'<th scope="col"{" class=text" * text}>{escape(name).replace("_", "_<wbr>")}</th>'
         for name, text in zip(names, is_text, strict=True)
     )
     body = "".join(

@@ -64,6 +64,40 @@ class LatentLayers:
         return alive[np.argsort(self.mean[alive], kind="stable")]
 
 
+class Histogram(NamedTuple):
+    """counts [x] int64 of the values in [edges[i], edges[i + 1]), the last bin closed; edges [x + 1]."""
+
+    counts: I64
+    edges: F64
+
+    @property
+    def density(self) -> F64:
+        """[x] counts / (their sum * width of the bin)."""
+        return self.counts / (max(int(self.counts.sum()), 1) * np.diff(self.edges))
+
+
+def histogram_of_means(latents: LatentLayers) -> Histogram:
+    """Mean layers of alive latents, 16 bins per layer, from the first layer to the last."""
+    first, last = int(latents.layers[0]), int(latents.layers[-1])
+    found, edges = np.histogram(
+        latents.mean[latents.is_alive], 16 * len(latents.layers), (first, max(last, first + 1))
+    )
+    return Histogram(found, edges)
+
+
+def histogram_of_distances(latents: LatentLayers) -> Histogram:
+    """Distances of alive latents' mean layers to the nearest layer that was looked at: 24 bins from 0 to the largest there can be."""
+    gaps = np.diff(latents.layers)
+    distances = distance_to_layer(latents.mean[latents.is_alive], latents.layers)
+    found, edges = np.histogram(distances, 24, (0, float(gaps.max(initial=1)) / 2))
+    return Histogram(found, edges)
+
+
+def distance_to_layer(means: F64, layers: I64) -> F64:
+    """How far each mean layer is from the nearest layer that was looked at."""
+    return np.abs(means[:, None] - layers).min(1)
+
+
 class Spread(NamedTuple):
     """A mean over latents. n; mean; var, std with divisor n - 1; sem = std / sqrt(n). NaN where n is too small."""
 

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from actcache.errors import UsageError
 from actcache.version import __version__
 from analysis.dictionary import max_cosines
+from analysis.findings_tables import findings_tables
 from analysis.layers import spread
 from analysis.models import Model
-from analysis.present import findings_tables
 from analysis.report import report
 from analysis.reporter import Reporter
 from analysis.run import Between, Findings, Request, analyse

@@ -56,6 +56,9 @@ def summarise(found: Findings) -> Summary:
         "layer_std_sem": std.sem,
         "n_layers_active": number.mean,
         "one_layer_frac": float((latents.n_layers[alive] == 1).mean()) if alive.any() else None,
+        "all_layers_frac": float((latents.n_layers[alive] == len(subject.layers)).mean())
+        if alive.any()
+        else None,
         "one_layer_per_token_frac": float(found.pairs[1] / found.pairs.sum()) if found.pairs.sum() else None,
         "entropy": spread(latents.entropy).mean,
         "mmcs": mmcs.mean,
@@ -72,6 +75,9 @@ def summarise(found: Findings) -> Summary:
             scores[f"loss_{name}"] = float(np.mean(values))
             scores[f"loss_{name}_together"] = getattr(patched.together, name).value
         scores["loss_tokens"] = patched.together.n_tokens
+        if found.model.prompts:
+            on_one = found.model.prompts[0].latents
+            scores["one_layer_per_prompt_frac"] = float((on_one.n_layers[on_one.is_alive] == 1).mean())
     return Summary(
         name=subject.name,
         facts={

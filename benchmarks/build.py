@@ -4,7 +4,8 @@
 
 Part "build": a model of Pythia-70m's shape with random weights, float32, all six layers captured as bfloat16. Every
 method runs between two forward passes over the same tokens and is compared with these, because a shared machine is not
-the same from one minute to the next:
+the same from one minute to the next. Where these two differ by more than 5 % something else was running: that round is
+written down like the others, and medians are of the steady ones. Rounds go on until there are enough of these:
 
     forward     the blocks alone: no hook, no head
     null        forward, and every vector at its row of a shard buffer, then nothing
@@ -50,6 +51,7 @@ from actcache.store.open import Catalog
 
 WIDTH, N_LAYERS, VOCAB = 512, 6, 50_304
 LAYERS = tuple(range(N_LAYERS))
+STEADY, MOST = 1.05, 3
 
 
 def pythia_70m(device: str, dtype: torch.dtype) -> Decoder:
@@ -181,18 +183,22 @@ def measure_build(arguments: argparse.Namespace) -> dict:
         method = bench.null if name == "null" else lambda name=name: bench.build(name)
         method()
         bench.stages.clear()
-        runs = []
+        runs: list[dict] = []
         before = timed(bench.forward)
-        for _ in range(arguments.rounds):
+        while sum(r["is_steady"] for r in runs) < arguments.rounds and len(runs) < MOST * arguments.rounds:
             run, alone = timed(method), {}
             after = timed(bench.forward)
             if name != "null":
                 alone = {"encode": bench.encode(name), "disk": bench.disk()}
             forward = {key: (before[key] + after[key]) / 2 for key in before}
+            is_steady = max(before["s"], after["s"]) <= STEADY * min(before["s"], after["s"])
             before = after
-            runs.append({"build": run, "forward": forward, **alone})
+            runs.append({"build": run, "forward": forward, **alone, "is_steady": is_steady})
             ratio = {key: run[key] / forward[key] for key in run}
-            print(f"{name:6} {run['s']:6.2f} s, of forward: {ratio}", flush=True)
+            print(
+                f"{name:6} {run['s']:6.2f} s, {'steady' if is_steady else 'disturbed'}; of forward: {ratio}",
+                flush=True,
+            )
         found[name] = summarised(runs) | {"stages": bench.stages.get(name)}
         print(json.dumps({k: v for k, v in found[name].items() if k.startswith("median")}), flush=True)
     return {
@@ -211,13 +217,15 @@ def timed(method: Callable[[], float]) -> dict[str, float]:
 
 
 def summarised(runs: list[dict]) -> dict:
-    """Medians of ratios within a round, and every number they come from."""
+    """Medians of ratios within a steady round, and every number they come from."""
+    steady = [r for r in runs if r["is_steady"]] or runs
     found: dict = {
-        f"median_{key}_over_forward": statistics.median(r["build"][key] / r["forward"][key] for r in runs)
+        f"median_{key}_over_forward": statistics.median(r["build"][key] / r["forward"][key] for r in steady)
         for key in ("s", "cpu_s")
     }
+    found |= {"n_steady": sum(r["is_steady"] for r in runs)}
     if "disk" in runs[0]:
-        slowest = [max(r["forward"]["s"], r["encode"], r["disk"]) / r["build"]["s"] for r in runs]
+        slowest = [max(r["forward"]["s"], r["encode"], r["disk"]) / r["build"]["s"] for r in steady]
         found["median_slowest_alone_over_build"] = statistics.median(slowest)
     return found | {"runs": runs}
 
@@ -236,7 +244,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", default="build,writer")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="steady ones")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--shard-rows", type=int, default=4_096)
     parser.add_argument("--batch-size", type=int, default=16)

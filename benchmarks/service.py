@@ -186,69 +186,101 @@ def server(root: Path) -> Iterator[tuple[subprocess.Popen, dict[str, Any]]]:
         process.wait(20)
 
 
+class Bench:
+    """All ways to get rows, measured against one server process."""
+
+    def __init__(self, args: argparse.Namespace, root: Path, process: subprocess.Popen, said: dict) -> None:
+        self.args, self.root, self.pid = args, root, process.pid
+        self.found: dict[str, list[dict[str, float]]] = {}
+        self._seeds = iter(range(1, 10**6))
+        plain, secure, alone, alone_secure = said["ports"]
+        ca = said["ca"].encode()
+        self.ways, self._bare = _ways(plain, secure, ca), _ways(alone, alone_secure, ca)
+
+    def _note(self, name: str, work: Callable[[], int]) -> None:
+        self._keep(name, measure(work, self.pid))
+
+    def _keep(self, name: str, one: dict[str, float]) -> None:
+        self.found.setdefault(name, []).append(one)
+        print(f"{name:24s} {one}", file=sys.stderr, flush=True)
+
+    def warm_up(self) -> None:
+        """Memory that a process uses for the first time is slow to come by."""
+        for location, pem in self.ways.values():
+            url = f"{location}/{self.args.codecs[0]}.zarr"
+            with _stream(url, pem, seed=next(self._seeds)) as stream:
+                consume(stream, self.args.warm_up)
+
+    def round(self) -> None:
+        """Everything once, one after the other."""
+        for tls in self.ways:
+            self._note(f"flight{tls}", lambda tls=tls: receive(*self._bare[tls], self.args.seconds))
+        for codec in self.args.codecs:
+            self._local(codec)
+            for tls in self.ways:
+                self._served(codec, tls)
+                self._shared(codec, tls)
+            for n in (2, 4):
+                url = f"{self.ways[''][0]}/{codec}.zarr"
+                self._keep(f"{codec} served x {n}", several(n, url, self.args.seconds, self.pid))
+
+    def _local(self, codec: str) -> None:
+        with _stream(str(self.root / f"{codec}.zarr"), None) as stream:
+            consume(stream, 1.0)
+            self._note(f"{codec} local", lambda: consume(stream, self.args.seconds))
+
+    def _served(self, codec: str, tls: str) -> None:
+        location, pem = self.ways[tls]
+        with _stream(f"{location}/{codec}.zarr", pem, seed=next(self._seeds)) as stream:
+            consume(stream, 1.0)
+            self._note(f"{codec} served{tls}", lambda: consume(stream, self.args.seconds))
+
+    def _shared(self, codec: str, tls: str) -> None:
+        location, pem = self.ways[tls]
+        with _stream(f"{location}/{codec}.zarr", pem, epochs=1) as stream:  # fits the server's memory
+            for _batch in stream:
+                pass
+            stream.set_epoch(0)
+            self._note(f"{codec} shared{tls}", lambda: consume(stream, self.args.seconds))
+
+
+def _ways(plain: int, secure: int, ca: bytes) -> dict[str, tuple[str, bytes | None]]:
+    return {"": (f"grpc://127.0.0.1:{plain}", None), " TLS": (f"grpc+tls://127.0.0.1:{secure}", ca)}
+
+
+def ratios(codecs: list[str], medians: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Rows a second of what is served, over those of the local stream and of Flight alone."""
+    found = {}
+    for codec in codecs:
+        for tls in ("", " TLS"):
+            for what in ("shared", "served"):
+                mine = medians[f"{codec} {what}{tls}"]["rows_per_s"]
+                found[f"{codec} {what}{tls} / local"] = mine / medians[f"{codec} local"]["rows_per_s"]
+                found[f"{codec} {what}{tls} / flight{tls}"] = mine / medians[f"flight{tls}"]["rows_per_s"]
+    return found
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All rounds; medians and raw numbers."""
     root = args.work / "served"
     for codec in args.codecs:
         make_store(root / f"{codec}.zarr", n_tokens=args.tokens, n_layers=LAYERS, width=WIDTH, codec=codec)
-    found: dict[str, list[dict[str, float]]] = {}
-    seeds = iter(range(1, 10**6))
     with server(root) as (process, said):
-        plain, secure, alone, alone_secure = said["ports"]
-        ca = said["ca"].encode()
-        ways = {"": (f"grpc://127.0.0.1:{plain}", None), " TLS": (f"grpc+tls://127.0.0.1:{secure}", ca)}
-        bare = {"": (f"grpc://127.0.0.1:{alone}", None), " TLS": (f"grpc+tls://127.0.0.1:{alone_secure}", ca)}
-
-        def note(name: str, work: Callable[[], int]) -> None:
-            found.setdefault(name, []).append(measure(work, process.pid))
-            print(f"{name:24s} {found[name][-1]}", file=sys.stderr, flush=True)
-
-        for (
-            location,
-            pem,
-        ) in ways.values():  # memory that a process uses for the first time is slow to come by
-            with _stream(f"{location}/{args.codecs[0]}.zarr", pem, seed=next(seeds)) as stream:
-                consume(stream, args.warm_up)
+        bench = Bench(args, root, process, said)
+        bench.warm_up()
         for _ in range(args.rounds):
-            for tls in ("", " TLS"):
-                note(f"flight{tls}", lambda tls=tls: receive(*bare[tls], args.seconds))
-            for codec in args.codecs:
-                with _stream(str(root / f"{codec}.zarr"), None) as stream:
-                    consume(stream, 1.0)
-                    note(f"{codec} local", lambda stream=stream: consume(stream, args.seconds))
-                for tls, (location, pem) in ways.items():
-                    url = f"{location}/{codec}.zarr"
-                    with _stream(url, pem, seed=next(seeds)) as stream:
-                        consume(stream, 1.0)
-                        note(f"{codec} served{tls}", lambda stream=stream: consume(stream, args.seconds))
-                    with _stream(url, pem, epochs=1) as stream:  # its epoch fits the server's memory
-                        for _batch in stream:
-                            pass
-                        stream.set_epoch(0)
-                        note(f"{codec} shared{tls}", lambda stream=stream: consume(stream, args.seconds))
-                for n in (2, 4):
-                    url = f"{ways[''][0]}/{codec}.zarr"
-                    found.setdefault(f"{codec} served x {n}", []).append(
-                        several(n, url, args.seconds, process.pid)
-                    )
+            bench.round()
     medians = {
         name: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-        for name, rounds in found.items()
+        for name, rounds in bench.found.items()
     }
-    ratios = {}
-    for codec in args.codecs:
-        for tls in ("", " TLS"):
-            for what in ("shared", "served"):
-                mine = medians[f"{codec} {what}{tls}"]["rows_per_s"]
-                ratios[f"{codec} {what}{tls} / local"] = mine / medians[f"{codec} local"]["rows_per_s"]
-                ratios[f"{codec} {what}{tls} / flight{tls}"] = mine / medians[f"flight{tls}"]["rows_per_s"]
     return {
         "shape": {"batch": BATCH, "window": WINDOW, "width": WIDTH, "layers": LAYERS, "tokens": args.tokens},
         "machine": {"cpus": os.cpu_count(), "load": os.getloadavg()},
         "versions": {"pyarrow": pa.__version__, "numpy": np.__version__, "actcache": actcache.__version__},
         "medians": medians,
-        "ratios": ratios,
-        "rounds": found,
+        "ratios": ratios(args.codecs, medians),
+        "rounds": bench.found,
     }
 
 

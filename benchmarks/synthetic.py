@@ -23,8 +23,12 @@ def make_store(
     codec: str,
     seq_len: int = 128,
     shard_rows: int = 32_768,
+    spike: float | None = None,
 ) -> Path:
-    """Write a store unless it is there; returns its path."""
+    """Write a store unless it is there; returns its path.
+
+    spike  a number in the first row of every sequence.
+    """
     n_shards = _shards(n_tokens, shard_rows)
     if (out / "zarr.json").exists() and len(
         Catalog(LocalObjects(out)).capture("resid_post").committed()
@@ -48,6 +52,9 @@ def make_store(
         )
         for shard in range(n_shards):
             rows = made_up_rows(rng, (n_layers, shard_rows, width))
+            if spike is not None:
+                first = catalog.plan_object("row_position", shard)[:shard_rows] == 0
+                rows[:, first, width // 2] = np.float32(spike).view(np.uint32) >> 16
             committer.commit(shard, catalog.shards.records[shard], rows)
     return out
 

@@ -168,16 +168,19 @@ class Store:
             capture_dir.glob(f"ledger/c.*.{shard}"), key=lambda path: int(path.name.split(".")[1])
         )
         record = json.loads(strings(ledger[-1].read_bytes())[0])
+        generation = int(ledger[-1].name.split(".")[1])
         facts = {name: value for name, value in record.items() if name not in ("digest", "producer")}
         expect(digest_of(facts) == record["digest"], "ledger record")
-        expect(record["shard"] == shard and record["capture_digest"] == attributes["digest"], "ledger place")
+        place = (record["shard"], record["generation"], record["capture_digest"])
+        expect(place == (shard, generation, attributes["digest"]), "ledger place")
 
         lengths, crcs = table(record["chunks"])
         block_lengths, block_crcs = table(record["scales"]) if record["scales"] else (lengths * 0, crcs)
         rows_per_chunk = self.grid["rows_per_chunk"]
         per_layer = -(-self.shards[shard]["stored"] // rows_per_chunk)
         k = capture["layers"].index(layer) * per_layer + j // rows_per_chunk
-        with (capture_dir / f"rows/c.0.{shard}.0").open("rb") as file:
+        name = f"g{generation}" if generation else "c"
+        with (capture_dir / f"rows/{name}.0.{shard}.0").open("rb") as file:
             file.seek(int(lengths[:k].sum() + block_lengths[:k].sum()))
             data, block = file.read(int(lengths[k])), file.read(int(block_lengths[k]))
         expect(crc32c(data[:-4]) == crcs[k], "chunk")

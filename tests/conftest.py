@@ -266,7 +266,7 @@ def make_grid(
     )
 
 
-def _request(grid: Grid, width: int, n_layers: int, seed: int) -> Request:
+def _request(grid: Grid, width: int, n_layers: int, seed: int, device: str) -> Request:
     nothing = "0" * 64
     return Request(
         model=ModelRecord(
@@ -293,7 +293,7 @@ def _request(grid: Grid, width: int, n_layers: int, seed: int) -> Request:
         seed=seed,
         layout="mixed",
         batch_size=1,
-        device="cpu",
+        device=device,
         sequences_per_shard=grid.sequences_per_shard,
         rows_per_chunk=grid.rows_per_chunk,
         shard_memory_bytes=1,
@@ -317,6 +317,7 @@ def write_store(
     hooks: tuple[str, ...] = ("resid_post",),
     acts: np.ndarray | None = None,
     commit: Sequence[int] | None = None,
+    device: str = "cpu",
     seed: int = 0,
 ) -> Truth:
     """Write a store from arrays.
@@ -327,6 +328,7 @@ def write_store(
         n_padding: tokens of padding at the end of the training part, and of the holdout where there is one.
         acts: [l, q, t, d] as on disk, of every hook; made up when left out.
         commit: which shards are committed; all when left out.
+        device: the class of the one that made the activations, as the plan has it.
         seed: of everything.
     """
     rng = np.random.default_rng(seed)
@@ -352,7 +354,7 @@ def write_store(
             create_plan(
                 disk,
                 version="test",
-                request=_request(grid, width, max(layers) + 1, seed),
+                request=_request(grid, width, max(layers) + 1, seed, device),
                 text=TextRecord(
                     n_documents_read=1,
                     n_documents_used=1,

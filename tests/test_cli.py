@@ -124,6 +124,23 @@ def test_verify_lists_problems_and_fails(store, call, tmp_path):
     assert "2 problems" in said.err
 
 
+def test_repair_mends_a_shard_and_says_so(store, call, tmp_path):
+    damaged = tmp_path / "damaged.zarr"
+    subprocess.run(["cp", "-r", store, damaged], check=True)
+    assert "nothing to do" in call("repair", damaged).err
+    (damaged / "acts/resid_post/rows/c.0.0.0").unlink()
+    assert "--model" in call("repair", damaged, code=2).err
+    found = json.loads(call("repair", damaged, "--model", ASSETS / "tiny-neox", "--json").out)
+    assert found["rebuilt"] == [["resid_post", 0]]
+    assert (found["left"], found["build"]["n_built"]) == ([], 1)
+    assert json.loads(call("verify", damaged, "--json").out)["problems"] == []
+    (damaged / "acts/resid_post/norm/g1.0.0").write_bytes(b"")
+    (damaged / "keep/c.1.0").unlink()
+    said = call("repair", damaged, "--model", ASSETS / "tiny-neox", code=1)
+    assert "shard 0 of resid_post: rebuilt" in said.err
+    assert "keep/c.1.0: is missing" in said.out
+
+
 def train_arguments(store, out):
     return [
         "train",

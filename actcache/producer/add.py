@@ -21,7 +21,8 @@ from actcache.store.live import read_budget
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
 
-_IMPORTED = "import"
+IMPORTED = "import"
+"""In place of the device class in the plan of a store that no model of ours made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,7 @@ def _check_whole(catalog: Catalog) -> None:
 def check_model(catalog: Catalog, decoder: Decoder) -> None:
     """PlanMismatchError where a model is not the one that a store was made with."""
     url, request = catalog.objects.url, catalog.plan.request
-    if request.device == _IMPORTED:
+    if request.device == IMPORTED:
         raise PlanMismatchError(
             f"{url} was imported: no model is known to have made its rows, so none can be added to them. Build a store, or "
             f"import the other activations into one of their own."
@@ -125,7 +126,7 @@ def check_model(catalog: Catalog, decoder: Decoder) -> None:
         differ = list_differences({"digest": request.model.digest}, {"digest": decoder.weights_digest()}, "")
     if differ:
         raise PlanMismatchError(
-            f"{url} was made with {request.model.name}, and this model differs: {'; '.join(differ)}. Rows are added by the "
+            f"{url} was made with {request.model.name}, and this model differs: {'; '.join(differ)}. Rows are made by the "
             f"same weights, dtype and device class only (--model, --revision, --model-dtype, --device)."
         )
     if request.isolate_documents:

@@ -5,7 +5,7 @@ What is asked is compared with what is there, so that the same command continues
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from actcache.producer.plan import write_plan
 from actcache.producer.presence import MakeAdmission, Presence, Rate, forget_ended
 from actcache.producer.settings import Settings, capture_requests, check_same, make_request
 from actcache.producer.summary import BuildReporter, BuildSummary
-from actcache.producer.workers import Rank, Work, wait_for_plan
+from actcache.producer.workers import Rank, Shards, Work, wait_for_plan
 from actcache.store.arrays import disk_dtype
 from actcache.store.claims import Claims
 from actcache.store.create import CaptureRequest, sweep_staged
@@ -241,7 +241,7 @@ def fill_captures(
                 if admission is not None:
                     work.admission = admission(catalog, disk, presence)
                 work.on_start = presence.starts
-                _fill(
+                fill_shards(
                     catalog,
                     wanted,
                     work,
@@ -269,10 +269,10 @@ def _check_unbounded(catalog: Catalog) -> None:
         )
 
 
-def _fill(
+def fill_shards(
     catalog: Catalog,
     captures: Sequence[CaptureCatalog],
-    work: Work,
+    work: Shards,
     disk: Disk,
     decoder: Decoder,
     encode_threads: int,
@@ -281,7 +281,12 @@ def _fill(
     clock: Clock,
     *,
     allow_non_finite: bool,
+    generations: Mapping[str, Mapping[int, int]] | None = None,
 ) -> None:
+    """Run the model for the shards that `work` names and commit them; what was done is added to `summary`.
+
+    generations  by capture and shard: of those that are rebuilt, which generation they become.
+    """
     started = time.perf_counter()
     transfer = make_transfer(decoder, catalog, captures, clock)
 
@@ -324,6 +329,7 @@ def _fill(
                 where,
                 n_ahead=2 * encode_threads + 2,
                 allow_non_finite=allow_non_finite,
+                generations=(generations or {}).get(c.capture.name),
             )
             for c in captures
         }

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from actcache.errors import UsageError
 from actcache.producer.presence import Admission
@@ -79,6 +80,19 @@ def wait_for_plan(out: Path) -> bool:
             return False
         time.sleep(POLL_S)
     return True
+
+
+class Shards(Protocol):
+    """What is to be made: iterates over (shard, the captures that lack it)."""
+
+    check: Callable[[], None]
+    """Called while waiting; may raise."""
+
+    def __iter__(self) -> Iterator[tuple[int, list[CaptureCatalog]]]: ...
+
+    def done(self, shard: int) -> None:
+        """A shard is committed."""
+        ...
 
 
 class Work:

@@ -144,7 +144,7 @@ def _disk(capture: CaptureCatalog, shards: list[int], seconds: float) -> float |
         return None
     n_bytes, spent, buffer = 0, 0.0, bytearray(_READ_BYTES)
     for shard in shards:
-        fd = os.open(capture.objects.root / capture.arrays["rows"].key(0, shard, 0), os.O_RDONLY)
+        fd = os.open(capture.objects.root / capture.reader(shard).key, os.O_RDONLY)
         try:
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -36,7 +36,7 @@ class Courier:
         self._moving: deque[tuple[Mark, list[Tensor]]] = deque()
 
     def send(
-        self, rows: Sequence[Tensor], dtypes: Sequence[torch.dtype], numbers: NDArray[np.int64]
+        self, rows: Sequence[Tensor], dtypes: Sequence[torch.dtype], *numbers: NDArray[np.int64]
     ) -> Parcel:
         """Start taking rows, in the given dtypes, and integers that go with them, which come last in the parcel."""
         steps: list[tuple[Tensor, Tensor]] = []
@@ -48,18 +48,22 @@ class Courier:
                 steps.append((converted, there))
                 there = converted
             arriving.append(there)
-        staged = self.side.pinned(numbers.nbytes).view(torch.int64).view(numbers.shape)
-        staged.numpy()[...] = numbers
-        arriving.append(self._sent(staged, steps))
+        staged = [self._staged(one) for one in numbers]
+        arriving.extend(self._sent(one, steps) for one in staged)
 
         def work() -> None:
             for to, source in steps:
                 to.copy_(source, non_blocking=True)
 
         mark = self.side.submit(work)
-        self._moving.append((mark, [*rows, staged]))
+        self._moving.append((mark, [*rows, *staged]))
         self.settle()
         return Parcel(arriving, mark)
+
+    def _staged(self, numbers: NDArray[np.int64]) -> Tensor:
+        staged = self.side.pinned(numbers.nbytes).view(torch.int64).view(numbers.shape)
+        staged.numpy()[...] = numbers
+        return staged
 
     def _sent(self, tensor: Tensor, steps: list[tuple[Tensor, Tensor]]) -> Tensor:
         there = self.side.empty(tensor.shape, tensor.dtype)

@@ -86,6 +86,7 @@ class Filling:
         self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES)
         self._fills: dict[tuple[int, int], Filled] = {}
         self._awaited: Filled | None = None
+        self._taken = (0, -1)
         self._pool: ThreadPoolExecutor | None = None
         self._fetching: Fetching | None = None
         self._first_open = 0
@@ -180,7 +181,7 @@ class Filling:
             return int(self.chunks.shard[-1]) + 1
         return self.shards_of(epoch, window)[0]
 
-    def _forget_before(self, epoch: int, window: int) -> None:
+    def forget_before(self, epoch: int, window: int) -> None:
         """What is known of shards that the `commit` order has left behind is let go of: a plan may have any number."""
         if isinstance(self.order(epoch), CommitOrder):
             first = self.first_shard(epoch, window)
@@ -207,17 +208,21 @@ class Filling:
     def wait(self, epoch: int, window: int) -> tuple[Filled, Layout]:
         """The window, whole; forgotten here, so that whoever holds its tensors decides how long they live."""
         started = perf_counter()
-        self._forget_before(epoch, window)
+        self.forget_before(epoch, window)
         try:
             self._awaited = fill = self.get(epoch, window)
             del self._fills[epoch, window]
+            self._taken = (epoch, window)
             return fill, fill.wait()
         finally:
             self._awaited = None
             self.counters.add(waited_s=perf_counter() - started)
 
     def read_ahead(self, epoch: int, window: int) -> None:
-        """Begin the window after this one where there is room; raise what went wrong in one already begun."""
+        """Begin the window after this one where there is room; raise what went wrong in one already begun.
+
+        Batches on their way to a device may be of a window further on than the one handed out: then the one after that.
+        """
         self._check_process()
         if self.courier is not None:
             self.courier.settle()
@@ -225,6 +230,7 @@ class Filling:
             if fill.error is not None:
                 del self._fills[key]  # whoever iterates again tries it again
                 raise fill.error
+        epoch, window = max((epoch, window), self._taken)
         following = (epoch, window + 1) if window + 1 < self.order(epoch).n_windows else (epoch + 1, 0)
         if following in self._fills or following[0] == self._delivery.epochs:
             return
@@ -299,6 +305,7 @@ class Filling:
         for fill in [*self._fills.values(), *([self._awaited] if self._awaited else [])]:
             fill.cancel("the stream was closed, or moved, while its consumer was waiting for a window")
         self._fills.clear()
+        self._taken = (0, -1)
 
     def close(self) -> None:
         """Stop at once; let go of threads, buffers and files. One that is stuck in a read ends when the read does."""

@@ -401,29 +401,31 @@ class Stream:
             rows = [one.to(device=device, dtype=dtype) for one, dtype in zip(rows, dtypes, strict=True)]
             found = _Next(found.after, part._replace(rows=rows))
         else:
-            found = _Next(found.after, part, courier.send(rows, dtypes, part.layer))
+            found = _Next(found.after, part, courier.send(rows, dtypes, *self._numbers(part)))
         self.counters.add(copy_s=time.perf_counter() - started)
         return found
 
     def _batch(self, part: _Part, parcel: Parcel | None) -> Batch:
-        courier, row = self._filling.courier, part.row
+        courier, row, device = self._filling.courier, part.row, self.delivery.device
         if courier is None or parcel is None:
-            rows, layer = part.rows, torch.from_numpy(part.layer).to(self.delivery.device)
+            there = [*part.rows, *(torch.from_numpy(one).to(device) for one in self._numbers(part))]
         else:
-            *rows, layer = courier.hand_over(parcel)
+            there = courier.hand_over(parcel)
+        n_hooks = len(self.selection.hooks)
+        rows, layer = there[:n_hooks], there[n_hooks]
         return Batch(
             rows[0],
             layer,
-            lookup=partial(_look_up, self._provenance, courier, self.delivery.device, row),
+            lookup=partial(_look_up, self._provenance, courier, device, row),
             hooks=dict(zip(self.selection.hooks, rows, strict=True)),
-            slot=self._slots(part),
+            slot=there[-1] if self.delivery.world_size > 1 else None,
         )
 
-    def _slots(self, part: _Part) -> Tensor | None:
-        """The place of each row in the batch of all ranks; None where this reader gets all of it."""
+    def _numbers(self, part: _Part) -> list[NDArray[np.int64]]:
+        """The layer of each row; and its place in the batch of all ranks, where this reader does not get all of it."""
         if self.delivery.world_size == 1:
-            return None
-        return torch.from_numpy(np.flatnonzero(np.diff(part.own_before))).to(self.delivery.device)
+            return [part.layer]
+        return [part.layer, np.flatnonzero(np.diff(part.own_before))]
 
     # The end.
 

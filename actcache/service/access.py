@@ -8,7 +8,7 @@ import hmac
 import ipaddress
 import logging
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class Access:
     cert, key   PEM, the server's own: TLS.    client_ca  PEM, who signs clients' certificates: mTLS.
     """
 
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     cert: bytes | None = None
-    key: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
     client_ca: bytes | None = None
 
     def __post_init__(self) -> None:

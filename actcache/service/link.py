@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -71,10 +71,10 @@ class Credentials:
     cert, key  PEM, this client's own (mTLS).    server_name  in the server's certificate, where the address is another.
     """
 
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     ca: bytes | None = None
     cert: bytes | None = None
-    key: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
     server_name: str | None = None
 
     @classmethod

@@ -125,6 +125,17 @@ def _consumers(look: Look) -> Table:
     return table
 
 
+def stores_table(location: str, stores: list[dict]) -> Table:
+    """The stores of a service."""
+    table = _table(location, "store", "model", "tokens", "kept", "hooks and layers")
+    for found in stores:
+        hooks = "; ".join(f"{name} {', '.join(map(str, layers))}" for name, layers in found["hooks"].items())
+        table.add_row(
+            found["name"], found["model"], f"{found['tokens']:,}", f"{found['kept_tokens']:,}", hooks
+        )
+    return table
+
+
 def _service(status: dict) -> Table:
     table = _table("\nservice", "calls", "rows", "windows", "decoded", "reused", "evicted", "refused", "up")
     table.add_row(

@@ -12,28 +12,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
 from actcache.errors import ActcacheError, CursorError, NotFoundError, UnreachableError, UsageError
 from actcache.service.access import Access
+from actcache.service.numbers import Numbers
+from actcache.service.rows import as_json, messages
 from actcache.service.shelf import Served, Shelf, check_key
-from actcache.service.windows import Entry, Order, WindowCache
+from actcache.service.windows import Order, WindowCache
 from actcache.service.wire import (
     MESSAGE_BYTES,
-    MESSAGES_PER_CALL,
     NamesRequest,
     PutRequest,
     ReadRequest,
     SizeRequest,
     StreamRequest,
     WindowTicket,
-    checksum,
-    message,
     parse,
     to_flight,
 )
@@ -47,64 +44,18 @@ MEMORY_BYTES = 4 << 30
 MOST_CALLS = 64
 _MOST_RANGE_BYTES = 256 << 20
 _STOP_S = 5.0
+_MOST_LOGGED = 500
 
 ACTIONS = {
     "read": "bytes of an object, or ranges of it",
     "size": "length of an object",
     "names": "names in a folder of a store",
     "put": "replace or remove the live file of a consumer",
+    "list": "the stores and what they hold: JSON",
     "health": "answers while the service does",
     "status": "what it serves, to whom, and how busy it is: JSON",
     "metrics": "the same numbers in Prometheus' text format",
 }
-
-
-@dataclass(slots=True)
-class Numbers:
-    """What a service counts since it began.
-
-    calls, failed, refused  by method; those that failed, and those without the right to call.
-    active      calls under way.    rows, row_bytes  handed out in windows.    object_bytes  read from stores.
-    """
-
-    began: float = field(default_factory=time.monotonic)
-    calls: dict[str, int] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)
-    active: int = 0
-    rows: int = 0
-    row_bytes: int = 0
-    object_bytes: int = 0
-    peers: dict[str, str] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, **amounts: int) -> None:
-        """Add to some sums."""
-        with self._lock:
-            for name, amount in amounts.items():
-                setattr(self, name, getattr(self, name) + amount)
-
-    @contextmanager
-    def call(self, method: str, peer: str) -> Iterator[None]:
-        """A call from its beginning to its end."""
-        with self._lock:
-            if self.active >= MOST_CALLS:
-                raise UnreachableError(f"{MOST_CALLS} calls are under way: ask again in a moment")
-            self.active += 1
-            self.calls[method] = self.calls.get(method, 0) + 1
-            key = secrets.token_hex(4)
-            self.peers[key] = f"{peer} {method}"
-        try:
-            yield
-        except (GeneratorExit, FileNotFoundError):  # left early; or asked whether something is there
-            raise
-        except BaseException:
-            with self._lock:
-                self.failed[method] = self.failed.get(method, 0) + 1
-            raise
-        finally:
-            with self._lock:
-                self.active -= 1
-                del self.peers[key]
 
 
 class Server(flight.FlightServerBase):
@@ -167,7 +118,8 @@ class Server(flight.FlightServerBase):
             return to_flight(UnreachableError("the service is stopping"))
         if isinstance(error, ActcacheError | FileNotFoundError):
             if isinstance(error, ActcacheError):  # else it was asked whether an object is there
-                logger.warning("%s from %s: %s: %s", method, peer, type(error).__name__, error.args[-1])
+                said = str(error.args[-1]) if error.args else ""
+                logger.warning("%s from %s: %s: %s", method, peer, type(error).__name__, _on_one_line(said))
             return to_flight(error)
         number = secrets.token_hex(4)
         logger.error("%s from %s failed (%s)", method, peer, number, exc_info=error)
@@ -180,7 +132,12 @@ class Server(flight.FlightServerBase):
         with self._answering("do_get", context):
             asked: WindowTicket = parse(WindowTicket, ticket.ticket)
             order = self._order(asked)
-        return flight.GeneratorStream(order.schema, self._messages(context, order, asked))
+        return flight.GeneratorStream(order.schema, self._rows(context, order, asked))
+
+    def _rows(self, context: Any, order: Order, asked: WindowTicket) -> Iterator[Any]:
+        at = (order, asked.epoch, asked.window)
+        with self._answering("do_get rows", context) as is_over, self.cache.call(*at):
+            yield from messages(self.cache, order, asked, is_over, self.numbers)
 
     def _order(self, asked: WindowTicket) -> Order:
         served = self.shelf.open(asked.store)
@@ -195,32 +152,11 @@ class Server(flight.FlightServerBase):
             raise CursorError(
                 f"{asked.store} is another store than the one this stream was opened on: it was replaced. Open it again."
             )
+        if asked.part >= asked.parts:
+            raise UsageError(f"part {asked.part} of {asked.parts}: parts are counted from 0")
         if not order.has(asked.epoch, asked.window):
             raise UsageError(f"there is no window {asked.window} in epoch {asked.epoch} of {asked.store}")
         return order
-
-    def _messages(self, context: Any, order: Order, asked: WindowTicket) -> Iterator[Any]:
-        per_message = max(1, MESSAGE_BYTES // sum(s.width * s.dtype.itemsize for s in order.filling.shapes))
-        with self._answering("do_get rows", context) as is_over:
-            first = asked.first
-            for _ in range(MESSAGES_PER_CALL):
-                with self.cache.use(order, asked.epoch, asked.window, is_over) as entry:
-                    found, n_own = _cut(order, entry, asked, first, per_message)
-                    n_slots = len(entry.own_slots(0, 1))
-                    first += found.num_rows
-                    if first >= n_own:
-                        self.cache.served(entry)
-                said = {
-                    "first": first - found.num_rows,
-                    "n_own": n_own,
-                    "n_slots": n_slots,
-                    "crc32c": checksum(found),
-                }
-                self.cache.prepare(order, asked.epoch, asked.window + 1)
-                self.numbers.add(rows=found.num_rows, row_bytes=found.nbytes)
-                yield found, pa.py_buffer(json.dumps(said).encode())
-                if first >= n_own or is_over():
-                    return
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[flight.FlightInfo]:  # noqa: ARG002
         """The stores."""
@@ -253,7 +189,8 @@ class Server(flight.FlightServerBase):
         with self._answering("do_exchange", context):
             raise UsageError("nothing can be written here")
 
-    def _info(self, name: str) -> flight.FlightInfo | None:
+    def _facts(self, name: str) -> dict[str, Any] | None:
+        """What a store holds; None where it cannot be opened."""
         try:
             served = self.shelf.open(name)
             hooks = {n: list(c.capture.layers) for n, c in served.catalog.captures.items()}
@@ -263,11 +200,16 @@ class Server(flight.FlightServerBase):
             logger.warning("%s cannot be listed: %s", name, error)
             return None
         plan = served.catalog.plan
-        said = {"model": plan.request.model.name, "tokens": int(served.catalog.shards.stored.sum())}
-        said |= {"kept_tokens": plan.n_kept, "hooks": hooks, "plan": plan.digest}
+        found = {"model": plan.request.model.name, "tokens": int(served.catalog.shards.stored.sum())}
+        return found | {"kept_tokens": plan.n_kept, "hooks": hooks, "plan": plan.digest}
+
+    def _info(self, name: str) -> flight.FlightInfo | None:
+        said = self._facts(name)
+        if said is None:
+            return None
         schema = pa.schema([], metadata={"actcache": json.dumps(said)})
-        rows = sum(plan.n_kept * len(layers) for layers in hooks.values())
-        return flight.FlightInfo(schema, flight.FlightDescriptor.for_path(name), [], rows, -1)
+        n_rows = sum(said["kept_tokens"] * len(layers) for layers in said["hooks"].values())
+        return flight.FlightInfo(schema, flight.FlightDescriptor.for_path(name), [], n_rows, -1)
 
     def _epoch(self, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
         asked: StreamRequest = parse(StreamRequest, descriptor.command)
@@ -278,7 +220,7 @@ class Server(flight.FlightServerBase):
             "epoch": asked.epoch,
             "rank": asked.rank,
         }
-        chosen |= {"world_size": asked.world_size, "first": 0, "plan": served.catalog.plan.digest}
+        chosen |= {"world_size": asked.world_size, "plan": served.catalog.plan.digest}
         selection = WindowTicket(**chosen, captures="", window=0).selected()
         order = self.cache.order(served, selection)
         captures = digest_of([found.capture.digest for found in order.captures])
@@ -301,6 +243,9 @@ class Server(flight.FlightServerBase):
                 yield from self._read(parse(ReadRequest, body), is_over)
             elif action.type in ("size", "names", "put"):
                 yield _result(getattr(self, f"_{action.type}")(body))
+            elif action.type == "list":
+                found = [(name, self._facts(name)) for name in self.shelf.names()]
+                yield _result({"stores": [{"name": n, **facts} for n, facts in found if facts is not None]})
             elif action.type == "health":
                 yield _result(
                     {"status": "stopping" if self._is_stopping.is_set() else "ok", "version": __version__}
@@ -406,32 +351,9 @@ class Server(flight.FlightServerBase):
 
 
 def _result(value: Any) -> flight.Result:
-    return flight.Result(pa.py_buffer(json.dumps(value).encode()))
+    return flight.Result(as_json(value))
 
 
-def _cut(
-    order: Order, entry: Entry, asked: WindowTicket, first: int, per_message: int
-) -> tuple[pa.RecordBatch, int]:
-    """Rows [first, first + per_message) of a rank's, copied; and how many it has in all."""
-    slots, layout = entry.own_slots(asked.rank, asked.world_size), entry.layout
-    assert layout is not None
-    if first > len(slots):
-        raise UsageError(
-            f"window {asked.window} holds {len(slots)} rows of rank {asked.rank}, none from {first} on"
-        )
-    mine = slots[first : first + per_message]
-    at: Any = slice(int(mine[0]), int(mine[-1]) + 1) if asked.world_size == 1 and len(mine) else mine
-    rows = [
-        np.ascontiguousarray(numbers[at]) if asked.world_size > 1 else numbers[at].copy()
-        for numbers in entry.rows
-    ]
-    return (
-        message(
-            order.schema,
-            mine.astype(np.uint32),
-            layout.layer[at].astype(np.int32),
-            layout.row[at],
-            rows,
-        ),
-        len(slots),
-    )
+def _on_one_line(text: str) -> str:
+    """What a client had a part in, as the log may show it: short, and no line of its own making."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:_MOST_LOGGED])

@@ -76,11 +76,9 @@ class Shelf:
                 raise _no_store(name)
             return self._remote
         root = self._folder(name)
-        try:
-            found = (root / "zarr.json").stat()
-        except OSError as error:
-            raise _no_store(name) from error
-        identity = (found.st_ino, found.st_mtime_ns)
+        identity = _identity(root / "zarr.json"), _identity(root / "acts")  # another store; a capture more
+        if identity[0] is None:
+            raise _no_store(name)
         with self._lock:
             known = self._open.get(name)
             if known is None or known[0] != identity:
@@ -119,6 +117,14 @@ class Shelf:
                 f"{served.name} is served from object storage: consumers cannot be registered with it"
             )
         return LocalLive(served.objects.root)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _served(name: str, objects: Objects) -> Served:

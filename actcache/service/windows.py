@@ -1,14 +1,14 @@
 """Windows decoded once and handed out to whoever asks: several trainers, and all ranks of each.
 
 A window is known by its order (the data and the selection, whatever the batch size), epoch and number. Together windows
-stay within a bound on memory. One may go once it was handed out and nobody has touched it for a moment, or nobody has
-for longer: a client that stalls loses its place here and nothing else, for what it is sent is a copy.
+stay within a bound on memory. One may go once it was handed out, no call is reading it and nobody has touched it for a
+moment, or nobody has for longer: a client that stalls loses its place here and nothing else, for what it is sent is a copy.
 """
 
 import re
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,9 +32,11 @@ from actcache.store.open import CaptureCatalog
 from actcache.store.schema import digest_of
 
 _SERVED_IDLE_S = 0.2
-_IDLE_S = 2.0
+_IDLE_S = 5.0
+"""Shorter, and clients that are merely slow would have windows decoded again for every message."""
 _POLL_S = 0.02
-_MOST_ORDERS = 64
+_MOST_ORDERS = 12
+"""Each keeps up to 64 files open: together they stay below the 1,024 that a process usually may have."""
 _LAYOUT_BYTES_PER_ROW = 34
 """What is kept of a window beside its rows: layer, row, own_before, partition, and the work list."""
 
@@ -46,7 +48,8 @@ class Order:
     """
 
     def __init__(self, served: Served, selection: Selection, threads: int) -> None:
-        self.captures = _captures(served, selection)
+        # Its own view of what is committed: what one order lets go of, or found damaged, is not another's business.
+        self.captures = [CaptureCatalog(c.objects, c.plan, c.capture) for c in _captures(served, selection)]
         self.selection = replace(selection, batch_size=1, drop_last=False)
         self.key = order_key(served, selection)
         shards = _shards(served, selection)
@@ -167,6 +170,7 @@ class WindowCache:
         self._threads, self._clock = threads, clock
         self._orders: OrderedDict[str, Order] = OrderedDict()
         self._entries: OrderedDict[tuple[str, int, int], Entry] = OrderedDict()
+        self._calls = Counter[tuple[str, int, int]]()
         self._changed = threading.Condition()
         self._free: list[NDArray[np.uint8]] = []
         self._is_closed = False
@@ -210,20 +214,39 @@ class WindowCache:
             return self._orders[key]
 
     @contextmanager
-    def use(self, order: Order, epoch: int, window: int, is_over: Callable[[], bool]) -> Iterator[Entry]:
+    def use(
+        self, order: Order, epoch: int, window: int, is_over: Callable[[], bool], seconds: float
+    ) -> Iterator[Entry | None]:
         """A whole window, which stays while this block runs; decoded first, where it is not there.
 
-        is_over  whether the caller has gone: then waiting ends.
+        is_over  whether the caller has gone: then waiting ends.    seconds  None after so long: it is not there yet.
         """
-        entry = self._take(order, epoch, window, is_over)
+        until = self._clock() + seconds
+        entry = self._take(order, epoch, window, is_over, until)
+        if entry is None:
+            yield None
+            return
         try:
-            self._wait(entry, is_over)
-            yield entry
+            yield entry if self._wait(entry, is_over, until) else None
         finally:
             with self._changed:
                 entry.n_users -= 1
                 entry.touched = self._clock()
                 self._changed.notify_all()
+
+    @contextmanager
+    def call(self, order: Order, epoch: int, window: int) -> Iterator[None]:
+        """A call that hands out a window, message by message: it is kept a while longer when the client is slow."""
+        key = (order.key, epoch, window)
+        with self._changed:
+            self._calls[key] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls[key] -= 1
+                if not self._calls[key]:
+                    del self._calls[key]
 
     def served(self, entry: Entry) -> None:
         """All that somebody wanted of a window was handed out."""
@@ -238,7 +261,9 @@ class WindowCache:
             if key not in self._entries and self._make_room(order):
                 self._begin(order, key)
 
-    def _take(self, order: Order, epoch: int, window: int, is_over: Callable[[], bool]) -> Entry:
+    def _take(
+        self, order: Order, epoch: int, window: int, is_over: Callable[[], bool], until: float
+    ) -> Entry | None:
         key, began = (order.key, epoch, window), self._clock()
         with self._changed:
             while key not in self._entries:
@@ -249,6 +274,9 @@ class WindowCache:
                 if self._make_room(order):
                     self._begin(order, key)
                     break
+                if self._clock() > until:
+                    self.tally.waited_s += self._clock() - began
+                    return None
                 self._changed.wait(_POLL_S)
             else:
                 self.tally.reused += 1
@@ -259,8 +287,10 @@ class WindowCache:
             entry.touched = self._clock()
             return entry
 
-    def _wait(self, entry: Entry, is_over: Callable[[], bool]) -> None:
+    def _wait(self, entry: Entry, is_over: Callable[[], bool], until: float) -> bool:
         while not entry.fill.is_done_within(_POLL_S):
+            if self._clock() > until:
+                return False
             if self._is_closed or is_over():
                 raise UnreachableError(
                     "the service is stopping" if self._is_closed else "the client has gone"
@@ -269,11 +299,14 @@ class WindowCache:
             try:
                 entry.layout = entry.fill.wait()
             except BaseException:
-                with self._changed:
-                    self._entries.pop(entry.key, None)  # whoever asks next tries again
+                with self._changed:  # whoever asks next tries again, with what is on disk by then
+                    self._entries.pop(entry.key, None)
+                    self._orders.pop(entry.key[0], None)
                 raise
+        return True
 
     def _begin(self, order: Order, key: tuple[str, int, int]) -> None:
+        order.filling.forget_before(*key[1:])
         rows = [self._buffer(shape.n_rows, shape.width, shape.dtype) for shape in order.filling.shapes]
         fill = order.filling.fill(HostWindow(rows, 0), key[1], key[2])
         self._entries[key] = Entry(key, fill, rows, order.n_bytes, self._clock())
@@ -294,12 +327,9 @@ class WindowCache:
         for key, entry in list(self._entries.items()):
             if self._used() + n_bytes <= self.limit_bytes:
                 break
+            is_over = entry.was_served and key not in self._calls
             idle_s = moment - entry.touched
-            if (
-                entry.n_users
-                or not entry.fill.is_done
-                or idle_s < (_SERVED_IDLE_S if entry.was_served else _IDLE_S)
-            ):
+            if entry.n_users or not entry.fill.is_done or idle_s < (_SERVED_IDLE_S if is_over else _IDLE_S):
                 continue
             del self._entries[key]
             self._free += [rows.reshape(-1).view(np.uint8) for rows in entry.rows]

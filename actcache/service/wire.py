@@ -1,6 +1,6 @@
 """What travels between a service and its clients: requests as JSON, rows as Arrow record batches, errors by kind.
 
-    DoGet(ticket)          one window's rows, from one of this rank's slots on: messages of about 2 MB
+    DoGet(ticket)          rows of one window, of one rank, in several parts at once: messages of about 2 MB
     DoAction(name, JSON)   objects of a store, its live files, health, status, metrics
     GetFlightInfo(path)    what a store holds; GetFlightInfo(command): the tickets of an epoch
 
@@ -26,6 +26,8 @@ MESSAGE_BYTES = 2 << 20
 """Of rows in one message. Larger ones are no faster (measured: 1 to 4 MB are alike), smaller ones cost more each."""
 MESSAGES_PER_CALL = 32
 """A call hands out at most so many; the next one goes on."""
+WAITING = "waiting"
+"""In the metadata of a message without rows: the window is being decoded, the service lives."""
 _MOST_REQUEST_BYTES = 1 << 20
 
 _SELECTION = TypeAdapter(Selection)
@@ -36,7 +38,7 @@ class _Request(BaseModel):
 
 
 class WindowTicket(_Request):
-    """Rows of one window, for one rank, from its slot `first` on.
+    """Rows of one window, for one rank: those of part `part` of `parts`, from the `first`-th on.
 
     plan, captures  digests of the data the client knows: another store under the same name is refused.
     selection       everything the order depends on besides.
@@ -51,7 +53,9 @@ class WindowTicket(_Request):
     window: int = Field(ge=0)
     rank: int = Field(ge=0)
     world_size: int = Field(ge=1)
-    first: int = Field(ge=0)
+    part: int = Field(default=0, ge=0)
+    parts: int = Field(default=1, ge=1, le=64)
+    first: int = Field(default=0, ge=0)
 
     def encode(self) -> bytes:
         """The bytes of a Flight ticket."""
@@ -114,6 +118,11 @@ class StreamRequest(_Request):
 def selection_json(selection: Selection) -> dict[str, Any]:
     """A selection in full, as a ticket carries it (a cursor abbreviates long lists)."""
     return json.loads(_SELECTION.dump_json(selection))
+
+
+def part_of(n: int, part: int, parts: int) -> range:
+    """Which of `n` rows belong to a part: nearly equal shares, in order."""
+    return range(n * part // parts, n * (part + 1) // parts)
 
 
 def parse(kind: type[Any], data: bytes) -> Any:

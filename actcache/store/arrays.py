@@ -47,9 +47,10 @@ class ArraySpec:
         assert self.dtype is not None
         return Codec(self.codec_name, self.dtype, math.prod(self.inner or self.chunk))
 
-    def key(self, *chunk: int) -> str:
-        """Key of the object that holds chunk number `chunk`."""
-        return f"{self.path}/c.{'.'.join(str(i) for i in chunk)}"
+    def key(self, *chunk: int, generation: int = 0) -> str:
+        """Key of the object that holds chunk number `chunk`; of a shard that was rebuilt, in that generation."""
+        prefix = f"g{generation}" if generation else "c"
+        return f"{self.path}/{prefix}.{'.'.join(str(i) for i in chunk)}"
 
     def encode(self, values: NDArray[Any]) -> bytes:
         """The bytes of one unsharded object; a short edge is padded with the fill value."""
@@ -217,7 +218,7 @@ def side_arrays(capture: Capture) -> tuple[str, ...]:
     return _QUANTISED_SIDE_ARRAYS if is_quantised(capture) else _SIDE_ARRAYS
 
 
-def side_key(spec: ArraySpec, shard: int) -> str:
-    """Key of a side array's object for one shard."""
+def side_key(spec: ArraySpec, shard: int, generation: int = 0) -> str:
+    """Key of one shard's object in the rows or in a side array."""
     at = 1 if spec.dims[0] == "layer" else 0
-    return spec.key(*(shard if axis == at else 0 for axis in range(len(spec.shape))))
+    return spec.key(*(shard if axis == at else 0 for axis in range(len(spec.shape))), generation=generation)

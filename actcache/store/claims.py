@@ -21,8 +21,7 @@ class Claims:
         """Claim a shard; False where another living producer has claimed it (of two at once the one with the lesser nonce)."""
         if self.holders(shard):
             return False
-        self._disk.announce("claim", f"{_PREFIX}{shard}")
-        self._path(shard).touch()
+        self._disk.note(f"{_PREFIX}{shard}")
         rivals = self.holders(shard)
         if rivals and min(rivals) < self._disk.nonce:
             self.release(shard)
@@ -31,8 +30,7 @@ class Claims:
 
     def force(self, shard: int) -> None:
         """Claim a shard whoever else has."""
-        self._disk.announce("claim", f"{_PREFIX}{shard}")
-        self._path(shard).touch()
+        self._disk.note(f"{_PREFIX}{shard}")
 
     def release(self, shard: int) -> None:
         """Give a claim up; nothing happens where there is none."""

@@ -24,7 +24,15 @@ from actcache.store.arrays import (
     encode_strings,
     plan_arrays,
 )
-from actcache.store.disk import Disk, is_held, publish, publish_folder, remove_abandoned, workspaces
+from actcache.store.disk import (
+    Disk,
+    is_held,
+    make_folders,
+    publish,
+    publish_folder,
+    remove_abandoned,
+    workspaces,
+)
 from actcache.store.metadata import array_json, group_json
 from actcache.store.mixing import mix
 from actcache.store.open import capture_attributes, plan_attributes, shards_digest
@@ -99,7 +107,7 @@ def staging(final: Path, on_operation: OnOperation | None) -> Iterator[Disk]:
 
     FileExistsError when `final` was taken meanwhile.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(final.parent)
     staged = final.parent / f"{final.name}.planning-{secrets.token_hex(8)}"
     disk = Disk(staged, on_operation)
     try:

@@ -34,6 +34,18 @@ def _sync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_folders(path: Path, on_folder: Callable[[], None] = lambda: None) -> None:
+    """Create a folder and its parents, durably; `on_folder` is called before each."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    for folder in reversed(missing):
+        on_folder()
+        try:
+            folder.mkdir(exist_ok=True)
+            _sync_dir(folder.parent)
+        except OSError as error:
+            raise _explained(error, folder) from error
+
+
 def _try_lock(lock: Path) -> int | None:
     """Lock `lock` and return its descriptor; None when a living process holds it or it is gone."""
     try:
@@ -167,6 +179,8 @@ class Disk:
                 if time.monotonic() > deadline:
                     raise
             except OSError as error:
+                for folder in (self.workspace, self.workspace.parent):
+                    _remove_if_empty(folder)
                 raise _explained(error, self.workspace) from error
             if self._lock_fd is not None:
                 return self
@@ -203,15 +217,7 @@ class Disk:
 
     def makedirs(self, key: str) -> None:
         """Create the folder `key` and its parents, durably."""
-        path = self.root / key
-        missing = [p for p in (path, *path.parents) if not p.exists()]
-        for folder in reversed(missing):
-            self.announce("mkdir", key)
-            try:
-                folder.mkdir(exist_ok=True)
-                _sync_dir(folder.parent)
-            except OSError as error:
-                raise _explained(error, folder) from error
+        make_folders(self.root / key, lambda: self.announce("mkdir", key))
 
     def create(self, key: str, data: bytes | Iterable[Sequence[bytes | memoryview]]) -> bool:
         """Create one object exclusively and durably; False when it is there already."""
@@ -220,11 +226,35 @@ class Disk:
                 writer.write(*parts)
             return writer.commit()
 
+    def rename(self, source: str, key: str) -> None:
+        """Give the object `source` the name `key` too, whatever had it: for what no record covers any more."""
+        temporary = self.workspace / f"{secrets.token_hex(8)}.partial"
+        try:
+            self.announce("link", key)
+            os.link(self.root / source, temporary)
+            self.announce("replace", key)
+            temporary.replace(self.root / key)
+            temporary.unlink(missing_ok=True)  # both names were one object's before: then nothing was renamed
+        except OSError as error:
+            raise _explained(error, self.root / key) from error
+        self.settle(key)
+
+    def note(self, name: str) -> None:
+        """Leave an empty file in the workspace, for others to see while this process lives."""
+        self.announce("claim", name)
+        try:
+            (self.workspace / name).touch()
+        except OSError as error:
+            raise _explained(error, self.workspace / name) from error
+
     def settle(self, key: str) -> None:
         """Make the name of an object durable."""
         self.announce("fsync directory", key)
-        with self.timed("sync"):
-            _sync_dir((self.root / key).parent)
+        try:
+            with self.timed("sync"):
+                _sync_dir((self.root / key).parent)
+        except OSError as error:
+            raise _explained(error, self.root / key) from error
 
     def remove(self, key: str, *, missing_ok: bool = False) -> None:
         """Remove an object that no commit covers, or that is retired."""
@@ -308,7 +338,10 @@ def publish(staged: Disk, final: Path) -> None:
         raise _explained(error, final) from error
     staged.root, staged.workspace = final, final / WORK_DIR / staged.nonce
     staged.announce("fsync directory", final.name)
-    _sync_dir(final.parent)
+    try:
+        _sync_dir(final.parent)
+    except OSError as error:
+        raise _explained(error, final) from error
 
 
 def publish_folder(disk: Disk, staged: Path, key: str) -> None:

@@ -5,7 +5,7 @@ by another worker a moment ago) means: check it, adopt it, and record ITS digest
 side objects are functions of the rows as stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ def ledger_key(spec: ArraySpec, shard: int, generation: int = 0) -> str:
     return spec.key(generation, shard)
 
 
-def parse_record(data: bytes, key: str, capture: Capture, shard: int) -> ShardRecord:
+def parse_record(data: bytes, key: str, capture: Capture, shard: int, generation: int = 0) -> ShardRecord:
     """A ledger record from its object; DamageError where it is altered or another's."""
     try:
         (text,) = decode_strings(data)
@@ -49,8 +49,11 @@ def parse_record(data: bytes, key: str, capture: Capture, shard: int) -> ShardRe
         raise DamageError(
             f"ledger record {key} does not match its own digest: it was altered after the commit."
         )
-    if record.shard != shard or record.capture_digest != capture.digest:
-        raise DamageError(f"ledger record {key} is that of shard {record.shard} of another capture or place.")
+    if (record.shard, record.generation, record.capture_digest) != (shard, generation, capture.digest):
+        raise DamageError(
+            f"ledger record {key} is that of shard {record.shard}, generation {record.generation}, of this or another "
+            f"capture."
+        )
     return record
 
 
@@ -72,6 +75,7 @@ class ShardCommitter:
     where             says, for an error, which place of the corpus a row (shard, row within it) comes from.
     n_ahead           runs of chunks, of a megabyte or so, encoded ahead of the writer.
     allow_non_finite  commits rows with NaN or infinity: counted, and left out of the statistics.
+    generations       by shard, those that are rebuilt: which generation is written; of others the first, 0.
     """
 
     def __init__(
@@ -86,10 +90,12 @@ class ShardCommitter:
         *,
         n_ahead: int = 8,
         allow_non_finite: bool = False,
+        generations: Mapping[int, int] | None = None,
     ) -> None:
         self._disk, self._objects, self._capture, self._arrays = disk, objects, capture, arrays
         self._pool, self._version, self._where = pool, version, where
         self._n_ahead, self._allow_non_finite = n_ahead, allow_non_finite
+        self._generations = generations or {}
         self._rows = arrays["rows"]
         self._encoder = RunEncoder(capture, self._rows)
 
@@ -153,7 +159,10 @@ class ShardCommitter:
         return self._record(shard, chunks, gathered)
 
     def _key(self, shard: int) -> str:
-        return self._rows.key(0, shard, 0)
+        return side_key(self._rows, shard, self._generation(shard))
+
+    def _generation(self, shard: int) -> int:
+        return self._generations.get(shard, 0)
 
     def _reader(self, shard: int, chunks: Chunks) -> ShardReader:
         assert self._rows.inner is not None
@@ -193,7 +202,7 @@ class ShardCommitter:
             format=FORMAT,
             capture_digest=self._capture.digest,
             shard=shard,
-            generation=0,
+            generation=self._generation(shard),
             rows_bytes=int(chunks.stored.sum()) + n_errors + len(index),
             chunks=chunks.table(),
             scales=chunks.scale_table(),
@@ -206,15 +215,15 @@ class ShardCommitter:
             ),
         )
         record = draft.model_copy(update={"digest": draft.expected_digest()})
-        key = ledger_key(self._arrays["ledger"], shard)
+        key = ledger_key(self._arrays["ledger"], shard, record.generation)
         if self._disk.create(key, encode_strings([canonical(record.as_json())])):
             return record
-        return parse_record(self._objects.read(key), key, self._capture, shard)
+        return parse_record(self._objects.read(key), key, self._capture, shard, record.generation)
 
     def _side(self, name: str, shard: int, values: NDArray[Any]) -> tuple[int, int]:
         spec = self._arrays[name]
         shaped = values.reshape(spec.chunk)
-        key, data = side_key(spec, shard), spec.encode(shaped)
+        key, data = side_key(spec, shard, self._generation(shard)), spec.encode(shaped)
         if not self._disk.create(key, data):
             there = self._objects.read(key)
             if there != data:
@@ -234,7 +243,8 @@ class ShardCommitter:
     def _exact(self, shard: int, chunks: Chunks) -> tuple[int, int]:
         """The array in which other readers find the rows stored exactly: a copy of what lies in the shard's blocks."""
         spec, reader = self._arrays["exact"], self._reader(shard, chunks)
-        key, parts = side_key(spec, shard), Checksummed(exact_parts(reader, spec))
+        key = side_key(spec, shard, self._generation(shard))
+        parts = Checksummed(exact_parts(reader, spec))
         if self._disk.create(key, parts):
             return parts.checksum
         there = self._objects.read(key)

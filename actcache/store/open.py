@@ -28,8 +28,16 @@ from actcache.store.ledger import ledger_key, parse_record
 from actcache.store.local import LocalFiles
 from actcache.store.objects import LocalObjects, Objects, open_objects
 from actcache.store.retire import missing, read_retirement, retired_error, retired_shards
-from actcache.store.schema import FORMAT, Capture, Plan, PlannedShard, ShardRecord, digest_of
-from actcache.store.shard import Chunks, ShardReader
+from actcache.store.schema import (
+    FORMAT,
+    LEDGER_GENERATIONS,
+    Capture,
+    Plan,
+    PlannedShard,
+    ShardRecord,
+    digest_of,
+)
+from actcache.store.shard import WHAT_TO_DO, Chunks, ShardReader
 
 ATTRIBUTE = "actcache"
 
@@ -137,33 +145,40 @@ class CaptureCatalog:
 
     def record(self, shard: int) -> ShardRecord:
         """The ledger record in force of a shard; UncommittedError when there is none."""
-        if shard not in self._records:
-            spec = self.arrays["ledger"]
-            newest, data = 0, None
-            while True:  # generations are dense: the newest in force is the last that exists
-                try:
-                    data = self.objects.read(ledger_key(spec, shard, newest))
-                except FileNotFoundError:
-                    break
-                newest += 1
-            if data is None:
+        known = self._records.get(shard)  # another thread may forget it at any moment
+        if known is None:
+            found = self.newest(shard)
+            if found is None:
                 raise UncommittedError(
                     f"shard {shard} of {self.capture.name} in {self.objects.url} is not committed yet. "
                     f"'actcache info' lists what is; run the same 'actcache build' again to continue."
                 )
-            key = ledger_key(spec, shard, newest - 1)
-            self._records[shard] = parse_record(data, key, self.capture, shard)
-        return self._records[shard]
+            generation, data = found
+            key = ledger_key(self.arrays["ledger"], shard, generation)
+            self._records[shard] = known = parse_record(data, key, self.capture, shard, generation)
+        return known
+
+    def newest(self, shard: int) -> tuple[int, bytes] | None:
+        """Generation and bytes of the record in force, not checked; None where there is none. Looks at the store."""
+        found = None
+        for generation in range(LEDGER_GENERATIONS):  # they are dense: the last that exists is in force
+            try:
+                data = self.objects.read(ledger_key(self.arrays["ledger"], shard, generation))
+            except FileNotFoundError:
+                break
+            found = generation, data
+        return found
 
     def reader(self, shard: int) -> ShardReader:
         """Chunks of a committed shard."""
-        if shard not in self._readers:
+        known = self._readers.get(shard)
+        if known is None:
             spec, record = self.arrays["rows"], self.record(shard)
             assert spec.inner is not None
             chunks = Chunks.from_record(record, len(self.capture.layers))
-            key = spec.key(0, shard, 0)
+            key = side_key(spec, shard, record.generation)
             _one, rows_per_chunk, width = spec.inner
-            self._readers[shard] = ShardReader(
+            self._readers[shard] = known = ShardReader(
                 self.objects,
                 key,
                 chunks,
@@ -173,7 +188,7 @@ class CaptureCatalog:
                 quantised=self.capture.dtype if is_quantised(self.capture) else None,
                 on_missing=lambda: self._missing(shard, key),
             )
-        return self._readers[shard]
+        return known
 
     def forget_before(self, shard: int) -> None:
         """Let go of what was read about lower shards; it is read again where somebody asks."""
@@ -183,11 +198,12 @@ class CaptureCatalog:
 
     def side(self, name: str, shard: int) -> NDArray[Any]:
         """A side array's values for one committed shard, in the shape of its object; not `exact`, which others read."""
-        spec, expected = self.arrays[name], self.record(shard).side[name]
+        spec = self.arrays[name]
         assert name in side_arrays(self.capture)
         assert spec.inner is None
-        key = side_key(spec, shard)
-        return read_checked(self.objects, spec, key, expected, lambda: self._missing(shard, key))
+        record = self.record(shard)
+        key = side_key(spec, shard, record.generation)
+        return read_checked(self.objects, spec, key, record.side[name], lambda: self._missing(shard, key))
 
     def layer_index(self, layer: int) -> int:
         """Where a model layer lies on the layer axis; UsageError names those there are."""
@@ -213,12 +229,10 @@ def read_checked(
     except FileNotFoundError as error:
         if on_missing is not None:
             raise on_missing() from error
-        raise DamageError(
-            f"{key} is missing. Run 'actcache verify' on the store to list all damage."
-        ) from error
+        raise DamageError(f"{key} is missing. {WHAT_TO_DO}") from error
     problem = object_problem(spec, data, expected)
     if problem:
-        raise DamageError(f"{key} {problem}. Run 'actcache verify' on the store to list all damage.")
+        raise DamageError(f"{key} {problem}. {WHAT_TO_DO}")
     try:
         return spec.decode(data)
     except ValueError as error:

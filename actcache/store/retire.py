@@ -4,7 +4,7 @@ The retirement is written down before anything is deleted, so a reader that miss
 from what was lost. The ledger record stays: what the rows were is still known. A retired shard does not come back.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from actcache.errors import ActcacheError, DamageError, RetiredError
 from actcache.store.arrays import ArraySpec, decode_strings, encode_strings, side_key
 from actcache.store.disk import Disk
 from actcache.store.objects import Objects
-from actcache.store.schema import FORMAT, Plan, Producer, Retirement, canonical
+from actcache.store.schema import FORMAT, LEDGER_GENERATIONS, Plan, Producer, Retirement, canonical
 
 
 class ShardObject(NamedTuple):
@@ -22,12 +22,16 @@ class ShardObject(NamedTuple):
     key: str
 
 
-def shard_objects(arrays: dict[str, ArraySpec], shard: int) -> list[ShardObject]:
+def shard_objects(arrays: dict[str, ArraySpec], shard: int, generation: int = 0) -> list[ShardObject]:
     """What a shard has on disk in one capture besides its ledger record."""
-    rows = arrays["rows"]
-    per_shard = [spec for name, spec in arrays.items() if name not in ("rows", "layer", "ledger")]
-    beside = [ShardObject(spec, side_key(spec, shard)) for spec in per_shard]
-    return [ShardObject(rows, rows.key(0, shard, 0)), *beside]
+    beside = [spec for name, spec in arrays.items() if name not in ("rows", "layer", "ledger")]
+    return [ShardObject(spec, side_key(spec, shard, generation)) for spec in (arrays["rows"], *beside)]
+
+
+def of_every_generation(arrays: dict[str, ArraySpec], shard: int) -> Iterator[ShardObject]:
+    """What a shard may have on disk in one capture, under the names of repairs too."""
+    for generation in range(LEDGER_GENERATIONS):
+        yield from shard_objects(arrays, shard, generation)
 
 
 def retired_shards(objects: Objects, spec: ArraySpec) -> set[int]:
@@ -98,6 +102,6 @@ def retire(
 def remove_retired(disk: Disk, captures: Iterable[dict[str, ArraySpec]], shard: int) -> None:
     """Delete what a retired shard still has on disk; several processes may do so at once."""
     for arrays in captures:
-        for _spec, key in shard_objects(arrays, shard):
+        for _spec, key in of_every_generation(arrays, shard):
             if (disk.root / key).exists():
                 disk.remove(key, missing_ok=True)

@@ -31,6 +31,12 @@ from actcache.store.schema import ChunkTable, ScaleTable, ShardRecord
 ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
 """Offset and length, in an index, of a chunk that is not stored."""
 
+WHAT_TO_DO = (
+    "Run 'actcache verify' on the store to list all damage and 'actcache repair' to mend it; if it was repaired since it was "
+    "opened, open it again."
+)
+"""Of damage to a shard."""
+
 
 def _pack(values: NDArray[np.uint32]) -> str:
     return base64.b64encode(values.astype("<u4").tobytes()).decode("ascii")
@@ -104,9 +110,7 @@ def n_stored_chunks(stored: int, rows_per_chunk: int) -> int:
 
 def chunk_damage(key: str, layer_i: int, chunk: int, what: str) -> DamageError:
     """The error of one bad chunk."""
-    return DamageError(
-        f"{key}: chunk {chunk} of layer index {layer_i} {what}. Run 'actcache verify' on the store to list all damage."
-    )
+    return DamageError(f"{key}: chunk {chunk} of layer index {layer_i} {what}. {WHAT_TO_DO}")
 
 
 class ShardReader:
@@ -170,7 +174,7 @@ class ShardReader:
     def _missing(self) -> ActcacheError:
         if self._on_missing is not None:
             return self._on_missing()
-        return DamageError(f"{self.key} is committed but missing. {_ASK_VERIFY}")
+        return DamageError(f"{self.key} is committed but missing. {WHAT_TO_DO}")
 
     def load(
         self, layer_i: int, chunk: int, *, fresh: bool = False, files: LocalFiles | None = None
@@ -247,8 +251,6 @@ def chunk_problem(chunks: Chunks, at: tuple[int, int], data: memoryview) -> str 
         return problem and f"has a block of scales that {problem}"
     return None
 
-
-_ASK_VERIFY = "Run 'actcache verify' on the store to list all damage."
 
 ReadRange = Callable[[int, int], bytes | memoryview]
 

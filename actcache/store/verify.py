@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from actcache.errors import ActcacheError
 from actcache.store.arrays import PER_SHARD_PLAN_ARRAYS, ArraySpec, plan_arrays, side_arrays, side_key
 from actcache.store.codec import CRC_BYTES, crc32c, trailer
+from actcache.store.ledger import ledger_key
 from actcache.store.objects import Objects
 from actcache.store.open import (
     CaptureCatalog,
@@ -17,16 +18,24 @@ from actcache.store.open import (
     object_problem,
     plan_attributes,
 )
-from actcache.store.retire import read_retirement, shard_objects
+from actcache.store.retire import of_every_generation, read_retirement
 from actcache.store.schema import ShardRecord
 from actcache.store.shard import Chunks, chunk_problem
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong: which object, and what about it."""
+    """One thing that is wrong.
+
+    object, what    which object, and what about it.
+    capture, shard  where it is one shard that is damaged; a shard of no capture belongs to the plan.
+    is_copy         what is committed is right, and what readers that know no ledger see in its place is not.
+    """
 
     object: str
     what: str
+    capture: str | None = None
+    shard: int | None = None
+    is_copy: bool = False
 
 
 def _check_object(
@@ -58,11 +67,11 @@ def _check_group(objects: Objects, key: str, attributes: dict[str, Any]) -> Iter
         yield Problem(key, "was altered: other readers would see another group than was written")
 
 
-def _check_rows(capture: CaptureCatalog, shard: int, record: ShardRecord) -> Iterator[Problem]:
+def _check_rows(capture: CaptureCatalog, key: str, record: ShardRecord) -> Iterator[Problem]:
     """Every byte of a shard object, one layer at a time."""
     spec, objects = capture.arrays["rows"], capture.objects
     assert spec.inner is not None
-    key, n_layers = spec.key(0, shard, 0), len(capture.capture.layers)
+    n_layers = len(capture.capture.layers)
     chunks = Chunks.from_record(record, n_layers)
     try:
         n_bytes = objects.size(key)
@@ -98,17 +107,39 @@ def _check_layer(capture: CaptureCatalog, key: str, chunks: Chunks, layer_i: int
             yield Problem(key, f"chunk {chunk} of layer {layer} {problem}")
 
 
-def _check_shard(capture: CaptureCatalog, shard: int) -> list[Problem]:
-    key = capture.arrays["ledger"].key(0, shard)
+def check_shard(capture: CaptureCatalog, shard: int) -> list[Problem]:
+    """Every problem of one committed shard."""
+    name = capture.capture.name
     try:
         record = capture.record(shard)
     except ActcacheError as error:
-        return [Problem(key, str(error))]
-    problems = list(_check_rows(capture, shard, record))
+        newest = capture.newest(shard)
+        key = ledger_key(capture.arrays["ledger"], shard, newest[0] if newest else 0)
+        return [Problem(key, str(error), name, shard)]
+    problems = [p._replace(capture=name, shard=shard) for p in _check_objects(capture, shard, record)]
+    if record.generation:
+        problems += [
+            Problem(
+                p.object,
+                f"{p.what}; the shard was rebuilt, and readers that know no ledger would see what it was before",
+                name,
+                shard,
+                is_copy=True,
+            )
+            for p in _check_objects(capture, shard, record, 0)
+        ]
+    return problems
+
+
+def _check_objects(
+    capture: CaptureCatalog, shard: int, record: ShardRecord, generation: int | None = None
+) -> Iterator[Problem]:
+    """What is not as a record says, of the objects of its own generation or of those under the names of another."""
+    generation = record.generation if generation is None else generation
+    yield from _check_rows(capture, side_key(capture.arrays["rows"], shard, generation), record)
     for name in side_arrays(capture.capture):
         spec = capture.arrays[name]
-        problems += _check_object(capture.objects, spec, side_key(spec, shard), record.side[name])
-    return problems
+        yield from _check_object(capture.objects, spec, side_key(spec, shard, generation), record.side[name])
 
 
 def _check_capture(capture: CaptureCatalog) -> Iterator[Problem]:
@@ -145,7 +176,7 @@ def _check_retired(capture: CaptureCatalog) -> Iterator[Problem]:
         except ActcacheError as error:
             yield Problem(retired.key(shard), str(error))
             continue
-        for _spec, key in shard_objects(capture.arrays, shard):
+        for _spec, key in of_every_generation(capture.arrays, shard):
             folder, _, name = key.rpartition("/")
             if record is not None and name in capture.objects.names(folder):
                 yield Problem(
@@ -182,7 +213,7 @@ def find_problems(
             spec = catalog.arrays[name]
             key = spec.key(shard, *(0,) * (len(spec.shape) - 1))
             found += _check_object(objects, spec, key, planned[shard].objects[name])
-        return found
+        return [problem._replace(shard=shard) for problem in found]
 
     with ThreadPoolExecutor(threads, thread_name_prefix="actcache-verify") as pool:
         for found in pool.map(check_plan, range(catalog.grid.n_shards)):
@@ -196,7 +227,7 @@ def find_problems(
             for path, digest in capture.capture.metadata.items():
                 problems += _check_metadata(objects, f"acts/{capture.capture.name}/{path}/zarr.json", digest)
             live = capture.live()
-            for found in pool.map(_check_shard, [capture] * len(live), live):
+            for found in pool.map(check_shard, [capture] * len(live), live):
                 problems += found
                 on_shard()
     return problems

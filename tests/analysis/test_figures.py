@@ -64,9 +64,13 @@ def test_mean_layer_histogram_has_sixteen_bins_a_layer(latents):
     np.testing.assert_allclose([bar.get_x() for bar in bars], edges[:-1])
 
 
-def test_distance_to_the_nearest_layer():
-    found = figures.distance_to_layer(np.array([0.2, 3.4, 6.5, 9.0]), np.array(LAYERS))
-    np.testing.assert_allclose(found, [0.2, 0.4, 2.5, 0.0])
+def test_distances_to_the_nearest_layer_are_drawn_with_the_same_bins_for_every_run(latents):
+    bars = figures.mean_layers(latents).axes[1].patches
+    means = latents.mean[latents.is_alive]
+    distances = [min(abs(mean - layer) for layer in LAYERS) for mean in means.tolist()]
+    expected, edges = np.histogram(distances, 24, (0, 2.5), density=True)  # layers 4 and 9 are 5 apart
+    np.testing.assert_allclose([bar.get_height() for bar in bars], expected)
+    np.testing.assert_allclose([bar.get_x() for bar in bars], edges[:-1], atol=1e-12)
 
 
 def test_layers_active_in_aggregate_and_on_one_token(latents):

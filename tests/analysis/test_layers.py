@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.layers import LayerCounts, spread
+from analysis.layers import LayerCounts, histogram_of_distances, histogram_of_means, spread
 from tests.analysis.made_up import LAYERS, cuts, dense, merged, padded
 
 
@@ -53,6 +53,35 @@ def test_counts_totals_and_what_follows_from_them():
     order = found.by_mean_layer()
     assert sorted(order) == sorted(set(range(30)) - {7})
     assert (np.diff(found.mean[order]) >= 0).all()
+
+
+def test_histograms_of_mean_layers_hold_every_alive_latent_once():
+    counts = LayerCounts(LAYERS, 40)
+    update(
+        counts, np.concatenate([dense(5, 200, 4, 39, share=0.05), np.zeros((200, 4, 1), np.float32)], axis=2)
+    )
+    found = counts.compute()
+    means = found.mean[:39]
+    h = histogram_of_means(found)
+    assert np.array_equal(h.edges, np.linspace(0, 9, 65))
+    assert h.counts.sum() == 39
+    for count, start, stop in zip(h.counts[:-1], h.edges[:-2], h.edges[1:-1], strict=True):
+        assert count == ((means >= start) & (means < stop)).sum()
+    assert (h.density * np.diff(h.edges)).sum() == pytest.approx(1)
+    near = histogram_of_distances(found)
+    assert near.edges[0] == 0
+    assert near.edges[-1] == 2.5  # layers 4 and 9 are 5 apart
+    assert near.counts.sum() == 39
+    assert near.counts[0] == (np.abs(means[:, None] - np.array(LAYERS)).min(1) < 2.5 / 24).sum()
+
+
+def test_histograms_of_one_layer_and_of_no_latent():
+    counts = LayerCounts((7,), 3)
+    assert histogram_of_means(counts.compute()).counts.sum() == 0
+    counts.update(7, np.array([[1.0]]), np.array([[1]]))
+    found = counts.compute()
+    assert histogram_of_means(found).counts[0] == 1
+    assert histogram_of_distances(found).counts[0] == 1
 
 
 def test_known_shapes():

@@ -12,16 +12,28 @@ from analysis.patched import add_batch, evaluate_patched
 from analysis.subject import Subject
 from tests.conftest import make_decoder
 from tests.test_patching import CONFIGS, VOCAB, WIDTH
+from tests.test_patching import by_hand as whole_pass
 from tests.test_patching import make_decoder as family_decoder
 
 ALL_TOKENS = 10**9
 
 
 class Identity(Subject):
-    """Gives back what it gets."""
+    """Gives back what it gets: rows are their own code."""
 
-    def edits(self, layer, patched):
-        return {(self.target_hook, layer): lambda acts: torch.where(patched[..., None], acts.clone(), acts)}
+    def encode(self, rows, layer):
+        assert layer in self.layers
+        return rows
+
+    def decode(self, code, layer):
+        return code
+
+
+class Nothing(Identity):
+    """Gives zeros for what it gets."""
+
+    def decode(self, code, layer):
+        return torch.zeros_like(code)
 
 
 def like(subject, kind):
@@ -134,6 +146,15 @@ def test_identity_changes_nothing_and_recovers_all(subject, decoder):
             assert mine.zero_change.value != 0
 
 
+def test_zeros_for_reconstructions_are_the_ablation(subject, decoder):
+    for scores in evaluate_patched(like(subject, Nothing), Patcher(decoder), n_tokens=ALL_TOKENS, positions=("kept", "all")):  # fmt: skip
+        for mine in (*scores.layers.values(), scores.together):
+            assert mine.change == mine.zero_change
+            assert mine.kl == mine.zero_kl
+            assert mine.kl.value > 0
+            assert mine.recovered_zero.value == 0
+
+
 class Stub:
     """What is patched at one hook of some layers: rows pass through `rule`."""
 
@@ -173,6 +194,23 @@ def test_identity_zero_and_mean_in_every_family(family, hook, monkeypatch):
     at_one = scores(lambda acts: means[2].expand_as(acts))
     assert at_one[2].change == at_one[2].mean_change
     assert at_one[0].change != at_one[0].mean_change
+
+    def losses(edits):
+        logp = torch.log_softmax(whole_pass(patcher.decoder, ids, edits).double(), 2)
+        return -logp[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+
+    for key, chosen in ((0, [0]), (2, [1]), (None, [0, 1])):  # each of its own block, and at its own rows
+        scored = mask[chosen].all(0)
+        scored = scored[:, :-1] & scored[:, 1:]
+        for name in ("zero", "mean"):
+            edits = {}
+            for i in chosen:
+                value = means[layers[i]] if name == "mean" else torch.zeros(WIDTH)
+                edits[hook, layers[i]] = lambda x, i=i, value=value: torch.where(mask[i][..., None], value, x)
+            by_hand = (losses(edits) - losses({}))[scored].mean()
+            assert getattr(at_one[key], f"{name}_change").value == pytest.approx(
+                float(by_hand), rel=1e-4, abs=1e-6
+            )
 
 
 def test_how_many_sequences_run_at_once_changes_nothing(subject, decoder, found, monkeypatch):

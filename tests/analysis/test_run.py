@@ -14,9 +14,9 @@ import torch
 import actcache
 from actcache.errors import DamageError, NotFoundError, UsageError
 from analysis import latents as latents_module
+from analysis.findings_tables import findings_tables
 from analysis.metrics import evaluate
 from analysis.output import analyse_and_write
-from analysis.present import findings_tables
 from analysis.prompts import prompt_latents
 from analysis.reporter import Reporter
 from analysis.run import Request, analyse
@@ -25,9 +25,10 @@ from analysis.summary import read_summary
 from tests.analysis.conftest import train
 from tests.conftest import no_sync
 
+MARKUP = 'peace <i onclick="x()">&amp; war</i>'
 REQUEST = Request(
     model_tokens=40,
-    prompts=("the state of the union", "peace"),
+    prompts=("the state of the union", MARKUP),
     n_examples=4,
     context=3,
     min_tokens=2,
@@ -153,22 +154,47 @@ def test_memory_is_one_shard_of_latents_and_two_layers_of_rows(subject, tmp_path
     assert 2 <= most["rows"] <= 3
 
 
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
+
+
 class Page(HTMLParser):
-    """What a page holds: tags, ids, links, and whatever it would fetch."""
+    """What a page holds: tags, ids, links, text, whatever it would fetch, and tags that do not close in order."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.ids, self.targets, self.fetched, self.captions = [], [], [], [], []
+        self.tags, self.ids, self.targets, self.fetched, self.handlers = [], [], [], [], []
+        self.open, self.misplaced, self.texts = [], [], []
         self.feed(text)
+        self.close()
+        self.misplaced += self.open
 
     def handle_starttag(self, tag, attrs):
+        self._note(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self._note(tag, attrs)
+
+    def handle_endtag(self, tag):
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+        else:
+            self.misplaced.append(tag)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def _note(self, tag, attrs):
         attributes = dict(attrs)
+        assert len(attributes) == len(attrs), f"<{tag}> says something twice: {attrs}"
         self.tags.append(tag)
+        self.handlers += [name for name in attributes if name.startswith("on")]
         if "id" in attributes:
             self.ids.append(attributes["id"])
-        for name in ("src", "href", "xlink:href"):
-            value = attributes.get(name)
-            if value is None:
+        for name, value in attributes.items():
+            self.targets += re.findall(r"url\(#([^)]+)\)", value or "")
+            if name not in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
                 continue
             if value.startswith("#"):
                 self.targets.append(value[1:])
@@ -188,7 +214,20 @@ def test_the_report_is_one_page_that_fetches_nothing(written):
     assert "@media print" in text
     for name in ("reconstruction", "loss", "layers", "variance", "stream", "dictionary", "examples", "prompts", "comparison", "method"):  # fmt: skip
         assert name in page.ids
-    assert {t for t in page.targets if re.fullmatch("[a-z]+", t)} <= set(page.ids)
+
+
+def test_the_report_is_sound_html(written):
+    """Tags close in order, ids are there once and match what refers to them, and text from elsewhere stays text."""
+    text = (written / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.misplaced == []
+    assert len(page.ids) == len(set(page.ids))
+    assert all(re.fullmatch(r"[A-Za-z][\w.-]*", name) for name in page.ids)
+    assert set(page.targets) <= set(page.ids)
+    assert page.handlers == []
+    assert "i" not in page.tags
+    assert page.tags.count("script") == 1
+    assert MARKUP in "".join(page.texts)
 
 
 def test_every_figure_has_a_caption_with_its_n(written):
@@ -200,14 +239,12 @@ def test_every_figure_has_a_caption_with_its_n(written):
         assert len(caption) > 60 or "runs" in caption
 
 
-def test_pictures_take_the_pages_colours_and_their_ids_do_not_clash(written):
+def test_pictures_take_the_pages_colours(written):
     for path in (written / "figures").glob("*.svg"):
         svg = path.read_text()
         assert "currentColor" in svg
         assert "#010203" not in svg
         assert "#000000" not in svg.replace("fill: #000000; opacity: 0", "")
-    ids = Page((written / "report.html").read_text()).ids
-    assert len(ids) == len(set(ids))
 
 
 def test_every_table_is_there_twice_and_says_the_same(written, found):

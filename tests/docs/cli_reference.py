@@ -22,7 +22,7 @@ Made from `cli.py` by `python -m tests.docs.cli_reference`; a test holds it agai
 `actcache --version` prints the version. `actcache --debug COMMAND ...` shows tracebacks. Progress and messages go to standard error,
 results to standard output; `--json` makes the result one JSON object and leaves progress out.
 
-Exit status: 0 done; 1 an error (its kind is printed, see [errors](errors.md)), or `verify` found problems; 2 an argument cannot be used;
+Exit status: 0 done; 1 an error (its kind is printed, see [errors](errors.md)), or `verify` found or `repair` left problems; 2 an argument cannot be used;
 130 stopped by Ctrl-C or SIGTERM, and can be continued.
 
 Sizes are written `500MB` (10^6), `2GiB` (2^30) or as a number of bytes. Layers are written `all`, `0,3,5` or `0:6` (6 not included).

@@ -1,6 +1,7 @@
 """The pages on analyses and latents against the code, and against the tests they name."""
 
 import importlib.util
+import json
 import re
 
 import pyarrow as pa
@@ -39,6 +40,27 @@ def test_the_loss_table_is_the_scores():
     (table,) = tables(section("analyses.md", "Loss"))
     named = {name for row in table for name in re.findall(r"`(\w+)`", row["score"])}
     assert named | {"n_tokens", "n_sequences"} == set(LossScores.__dataclass_fields__)
+
+
+def test_the_paragraph_on_the_demo_says_what_was_measured():
+    """Numbers of benchmarks/results/analyze.json, which holds the summary of the demo's analysis."""
+    text = (REFERENCE / "analyses.md").read_text(encoding="utf-8")
+    paragraph = text.split("<!-- demo-analysis:begin -->")[1].split("<!-- demo-analysis:end -->")[0]
+    measured = json.loads((ROOT / "benchmarks" / "results" / "analyze.json").read_text(encoding="utf-8"))
+    summary = measured["demo"]["summary"]
+    scores, facts = summary["scores"], summary["facts"]
+    for name, form in {
+        "all_layers_frac": ".1%", "n_layers_active": ".2f", "one_layer_per_prompt_frac": ".1%", "one_layer_per_token_frac": ".1%",
+        "rel_t_mass": ".3f", "rel_t_latent": ".3f", "rel_f_mass": ".3f", "rel_f_latent": ".3f", "neighbour_cosine": ".3f", "fvu": ".3f",
+        "fvu_scalar": ".3f", "loss_tokens": ",", "loss_change": ".3f", "loss_recovered_zero": ".3f", "loss_change_together": ".3f",
+        "loss_recovered_zero_together": ".3f",
+    }.items():  # fmt: skip
+        said = format(scores[name], form).replace("%", " %")
+        assert re.search(rf"(?<![\d.]){re.escape(said)}(?![\d])", paragraph), (name, said)
+    for name in ("mass", "latent"):
+        assert f"{1 / scores[f'rel_t_{name}']:.1f} times" in paragraph
+    assert f"{facts['n_latents']:,}" in paragraph
+    assert f"{facts['n_tokens']:,} held-out" in paragraph
 
 
 ARROW = {"uint32": pa.uint32(), "uint16": pa.uint16(), "bool": pa.bool_()}

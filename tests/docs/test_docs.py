@@ -169,8 +169,19 @@ def on_disk(folder: Path) -> set[str]:
 
 
 def test_map_in_the_readme_is_what_is_on_disk():
-    text = README.read_text(encoding="utf-8")
-    block = text.split("## Map", 1)[1].split("```text\n", 1)[1].split("```", 1)[0]
+    listed = listing(README, "## Map")
+    assert listed[""] == on_disk(ROOT)
+    for folder in ("actcache/", "examples/"):
+        assert listed[folder] == on_disk(ROOT / folder) - {"__init__.py"}, folder
+    modules = listing(ROOT / "docs" / "explanation" / "architecture.md", "## Modules")
+    for folder in ("trainer/", "analysis/"):
+        assert modules[folder] == on_disk(ROOT / folder) - {"__init__.py"}, folder
+
+
+def listing(page: Path, heading: str) -> dict[str, set[str]]:
+    """Folder -> what is listed in it, "" being the top, by the block of text under a heading."""
+    text = page.read_text(encoding="utf-8")
+    block = text.split(heading, 1)[1].split("```text\n", 1)[1].split("```", 1)[0]
     listed: dict[str, set[str]] = {"": set()}
     parent = ""
     for line in block.splitlines():
@@ -182,9 +193,7 @@ def test_map_in_the_readme_is_what_is_on_disk():
             parent = name
             listed[""].add(name)
             listed[parent] = set()
-    assert listed[""] == on_disk(ROOT)
-    for folder in ("actcache/", "trainer/", "analysis/", "examples/"):
-        assert listed[folder] == on_disk(ROOT / folder) - {"__init__.py"}, folder
+    return listed
 
 
 def test_readme_is_short_and_has_the_block_for_the_demo():

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from actcache.producer.repair import repair
 from actcache.store import keyed, schema
 from actcache.store.arrays import decode_strings
 from actcache.store.disk import Disk
 from actcache.store.open import open_catalog
 from actcache.store.retire import remove_retired, retire
-from tests.conftest import write_store
+from tests.conftest import make_decoder, write_store
 from tests.docs.pages import DOCS, ROOT, blocks, sections, tables, unquoted
 
 PAGE = DOCS / "format.md"
@@ -342,3 +343,25 @@ def test_the_independent_reader_notices_swapped_shards(truth, reader):
     b.write_bytes(first)
     with pytest.raises(OSError, match="chunk"):
         reader.Store(truth.root).row(0, 0, 0)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "uint8"])
+def test_a_rebuilt_shard_lies_where_the_page_says(make_store, tmp_path, reader, codec):
+    """Section 9: objects of generation g under names that begin with g, and Zarr's names for them too."""
+    root = make_store(tmp_path, codec=codec)
+    plan_files = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+    before = reader.Store(root).row(1, 9, 3)
+    rows = root / "acts/resid_post/rows/c.0.1.0"
+    rows.write_bytes(rows.read_bytes()[:-1])
+    assert repair(str(root), lambda _catalog: make_decoder()).left == []
+    _, of_capture, of_quantised = tables(SECTIONS["5. Arrays"])
+    keys = [unquoted(row["key of a shard's object"]) for row in of_capture if row["path"] != "`layer`"]
+    keys += [unquoted(row["key of a shard's object"]) for row in of_quantised if codec == "uint8"]
+    expected = set()
+    for key in (eval(f"f{key!r}", {"shard": 1, "generation": 1}) for key in keys):
+        expected.add("acts/resid_post/" + (key if key.startswith("ledger") else key.replace("/c.", "/g1.")))
+    assert {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()} - plan_files == expected
+    assert np.array_equal(reader.Store(root).row(1, 9, 3), before)
+    (root / "acts/resid_post/rows/g1.0.1.0").unlink()
+    with pytest.raises(FileNotFoundError):
+        reader.Store(root).row(1, 9, 3)

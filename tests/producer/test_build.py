@@ -1,11 +1,11 @@
 """`build`: what it stores is what the model says; what it cannot do it says before it touches anything."""
 
 import errno
-import itertools
 import os
 import shutil
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +25,6 @@ from actcache.errors import (
 from actcache.producer import plan as plan_module
 from actcache.producer.summary import BuildReporter
 from actcache.store import codec as codec_module
-from actcache.store import disk as disk_module
 from actcache.store.arrays import NO_DOCUMENT
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
@@ -389,43 +388,56 @@ def test_a_disk_too_small_is_known_before_anything_is_written(kit, tmp_path, mon
 
 
 @contextmanager
-def full_after(n_calls: int):
-    """Every call that takes room fails from the n-th on."""
-    left = [n_calls]
+def full_after(n_calls: int, folder: Path):
+    """Every call that takes room in `folder` fails from the n-th on, until `grow` is called, which is what is given."""
+    left = [float(n_calls)]
 
-    def limited(call):
+    def limited(call, takes_room):
         def limited_call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
+            if takes_room(*args):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
             return call(*args, **kwargs)
 
         return limited_call
 
+    def is_inside(path, *_more) -> bool:
+        at = Path(f"/proc/self/fd/{path}").readlink() if isinstance(path, int) else Path(path)
+        return folder in at.parents
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk_module.os, "writev", limited(os.writev))
-        patch.setattr(disk_module.os, "link", limited(os.link))
-        yield
+        for name in ("writev", "fsync", "link", "rename", "mkdir"):
+            patch.setattr(os, name, limited(getattr(os, name), is_inside))
+        is_new = lambda path, flags=0, *_more: flags & os.O_CREAT and is_inside(path)  # noqa: E731
+        patch.setattr(os, "open", limited(os.open, is_new))
+        yield lambda: left.__setitem__(0, float("inf"))
 
 
-def test_a_disk_that_fills_up_at_any_write(kit, make_store, tmp_path):
+def test_a_disk_that_fills_up_at_any_step(kit, make_store, tmp_path):
+    """At every write, sync, link, rename, new file and new folder: of planning every eleventh, of filling each third."""
     decoder, whole = make_decoder(), all_files(make_store(tmp_path))
-    states = []
-    for i in itertools.count(0, 7):
+    states, said, i = [], [], 0
+    while True:
         out = tmp_path / str(i) / "s.zarr"
-        try:
-            with full_after(i):
+        out.parent.mkdir()
+        with full_after(i, out.parent) as grow:
+            try:
                 kit.build(small_settings(out), decoder)
-        except DiskFullError:
-            states.append(check_what_a_full_disk_left(out))
-        else:
-            break
-        kit.build(small_settings(out), decoder)
+            except DiskFullError as error:
+                said.append("run the same command again" in str(error))
+                states.append(check_what_a_full_disk_left(out))
+            else:
+                break
+            grow()
+            kit.build(small_settings(out), decoder)
         assert all_files(out) == whole
         assert [p.name for p in out.parent.iterdir()] == ["s.zarr"]
+        i += 3 if states[-1].endswith("filling") else 11
     assert states == sorted(states)
     assert {"planning", "filling"} == {state.split()[1] for state in states}
-    assert len(states) > 10
+    assert len(states) > 30
+    assert all(said)
 
 
 def check_what_a_full_disk_left(out) -> str:
@@ -442,39 +454,39 @@ def check_what_a_full_disk_left(out) -> str:
 
 @contextmanager
 def small_disk(folder, n_bytes: int):
-    """A file system of its own where that is allowed, else a disk that keeps count of what is written to it."""
+    """A file system of its own where that is allowed, else a disk that counts what is done to it; and what makes it grow."""
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", str(folder)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode == 0:
+
+    def mount(options: str):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if mount(f"size={n_bytes}"):
         try:
-            yield
+            yield lambda: mount(f"remount,size={n_bytes + (64 << 20)}")
         finally:
             subprocess.run(["umount", str(folder)], check=True)
     else:
-        with full_after(n_bytes // 4096):
-            yield
+        with full_after(n_bytes // 1024, folder) as grow:
+            yield grow
 
 
 @pytest.mark.parametrize("kibibytes", [100, 200, 300, 400, 600, 1000])
 def test_a_small_disk_fills_up(kit, make_store, tmp_path, monkeypatch, kibibytes):
-    """One store after another until there is no room: the last is continued elsewhere, as if nothing had happened."""
+    """One store after another until there is no room; with more room the last goes on as if nothing had happened."""
     monkeypatch.setattr(
         plan_module, "free_bytes", lambda _path: 1 << 40
     )  # the forecast would say so at the start
     decoder, whole = make_decoder(), all_files(make_store(tmp_path))
     disk = tmp_path / "small"
-    with small_disk(disk, kibibytes << 10):
+    with small_disk(disk, kibibytes << 10) as grow:
         out = fill_with_stores(kit, decoder, disk)
         check_what_a_full_disk_left(out)
-        shutil.copytree(out.parent, tmp_path / "elsewhere")
         for store in disk.glob("*/s.zarr"):
             assert store == out or all_files(store) == whole
-    kit.build(small_settings(tmp_path / "elsewhere" / "s.zarr"), decoder)
-    assert all_files(tmp_path / "elsewhere" / "s.zarr") == whole
+        grow()
+        kit.build(small_settings(out), decoder)
+        assert all_files(out) == whole
 
 
 def fill_with_stores(kit, decoder, disk):

@@ -1,6 +1,7 @@
 """Several workers, one store: whoever dies, sleeps or comes late, it is the store that one worker alone would have built."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import actcache
 from actcache.errors import UsageError
 from actcache.producer import workers
 from actcache.producer.build import ensure_planned
+from actcache.producer.ray_engine import RayPool, fill_on_ray
+from actcache.producer.summary import BuildReporter
 from actcache.producer.workers import Rank, Work, local_rank_in, rank_in, wait_for_plan
 from actcache.store.claims import Claims
 from actcache.store.disk import Disk
@@ -29,6 +32,7 @@ from tests.soak.processes import start_build
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 ROOT = Path(__file__).parents[2]
+RECORDS = "acts/*/ledger/c.*"
 
 
 @pytest.fixture(autouse=True)
@@ -375,7 +379,16 @@ def alone(tmp_path_factory):
     one = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "cli", *BUILD, "--out", str(out), "--json"]
     subprocess.run(command, check=True, cwd=ROOT, env=one, capture_output=True)
-    return all_files(out)
+    return out
+
+
+def planned_like(whole: Path, out: Path) -> Path:
+    """The plan of a store, with nothing in it."""
+    shutil.copytree(whole, out)
+    for folder in (out / "acts/resid_post").iterdir():
+        for path in folder.glob("c.*") if folder.is_dir() and folder.name != "layer" else ():
+            path.unlink()
+    return out
 
 
 def test_torchrun_starts_workers(alone, tmp_path):
@@ -383,4 +396,44 @@ def test_torchrun_starts_workers(alone, tmp_path):
     subprocess.run(
         [*command, "--out", tmp_path / "s.zarr", "--json"], check=True, cwd=ROOT, capture_output=True
     )
-    assert all_files(tmp_path / "s.zarr") == alone
+    assert all_files(tmp_path / "s.zarr") == all_files(alone)
+
+
+def fill_with_ray(alone: Path, folder: Path, *, rounds: int, seed: int) -> None:
+    """Four actors fill planned stores. Two are killed when some shards are committed, and Ray starts these again."""
+    rng, whole = np.random.default_rng(seed), all_files(alone)
+    for round_ in range(rounds):
+        out = planned_like(alone, folder / f"{round_}.zarr")
+        capture, n_shards = Catalog(LocalObjects(out)).capture("resid_post"), len(list(alone.glob(RECORDS)))
+        due = sorted(rng.integers(0, n_shards // 2, 2).tolist())
+
+        def kill(processes: list[int], capture=capture, due=due) -> None:
+            for n_committed, victim in zip(due, rng.permutation(processes).tolist(), strict=False):
+                while len(capture.committed()) < n_committed:
+                    os.sched_yield()
+                os.kill(victim, signal.SIGKILL)
+
+        with ThreadPoolExecutor(1) as pool:
+            kills = []
+            summary = fill_on_ray(
+                RayPool(
+                    out=out, captures=("resid_post",), model=str(ASSETS / "tiny-neox"), n_workers=4, n_cpus=0
+                ),
+                BuildReporter(),
+                lambda processes, kills=kills, pool=pool: kills.append(pool.submit(kill, processes)),
+            )
+            assert kills[0].result() is None
+        assert summary.n_built + summary.n_adopted <= n_shards, "the dead do not tell what they did"
+        found = {name: data for name, data in all_files(out).items() if ".partial/" not in name}
+        assert found == whole, f"round {round_}"
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """For processes that are started: the number of threads decides last bits."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_ray_fills_a_store_though_two_actors_are_killed(alone, tmp_path):
+    fill_with_ray(alone, tmp_path, rounds=1, seed=0)

@@ -349,3 +349,13 @@ def test_cuda_rows_of_a_large_store_stay_right_under_load(tmp_path):
                 busy = busy @ busy / 50
                 on_host = [getattr(batch, n).cpu().numpy() for n in ("layer", "sequence", "position")]
                 assert np.array_equal(as_bits(batch.rows.cpu()), truth.bits(*on_host))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_chunk_is_read_once(tmp_path, late, place):
+    """Batches on their way may be of a window further on than the one that was handed out last."""
+    truth = write_store(tmp_path / "s.zarr", n_sequences=32, seq_len=32, per_shard=8, rows_per_chunk=64)
+    late(LateSide(rate=1.0))
+    with actcache.open(truth.root).stream(batch_size=64, window_rows=512, device="cuda", **place) as stream:
+        n_bytes = sum(batch.rows.nbytes for batch in stream)
+        assert stream.counters.row_bytes == n_bytes

@@ -98,6 +98,7 @@ def test_codes_cross_the_bus_and_not_what_they_stand_for(tmp_path, monkeypatch):
         per_shard=8,
         rows_per_chunk=64,
         width=256,
+        drop=0.02,
         codec="uint8",
     )
     side = LateSide(rate=1.0)

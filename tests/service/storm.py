@@ -23,12 +23,12 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENDS_S = 240.0
 
 BUILD = [
-    *("--model", ASSETS / "tiny-neox", "--corpus", ASSETS / "text", "--tokens", 20_000, "--seq-len", 64),
+    *("--model", ASSETS / "tiny-neox", "--corpus", ASSETS / "text", "--tokens", 30_000, "--seq-len", 64),
     *("--layers", "all", "--dtype", "float32", "--codec", "none", "--holdout", 0, "--device", "cpu"),
     *("--sequences-per-shard", 8),
 ]
-"""39 shards of a megabyte."""
-BUDGET = 10_000_000
+"""59 shards of a megabyte."""
+BUDGET = 12_800_000
 SETTINGS = ["expansion=2", "k=8", "batch_rows=1024", "first_window_rows=2048", "lr=1e-3", "auxk=8"]
 
 

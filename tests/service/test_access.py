@@ -19,9 +19,11 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.service import client as client_module
+from actcache.service import numbers as numbers_module
 from actcache.service import server as server_module
 from actcache.service import wire
 from actcache.service.access import Access, is_loopback
+from actcache.service.link import Credentials
 from actcache.service.server import Server
 from actcache.service.shelf import Shelf, check_key
 from tests.conftest import write_store
@@ -106,6 +108,11 @@ def test_every_method_asks_for_the_token(truth, serve, header):
 def test_tokens_that_are_none(token):
     with pytest.raises(UsageError, match="16 printable ASCII"):
         Access(token=token)
+
+
+def test_a_token_shows_in_no_repr():
+    assert TOKEN not in repr(Access(token=TOKEN))
+    assert TOKEN not in repr(Credentials(token=TOKEN))
 
 
 # TLS.
@@ -278,6 +285,8 @@ def server(truth):
         ({"rank": 1}, "usage"),
         ({"world_size": 3}, "usage"),
         ({"world_size": 0}, "usage"),
+        ({"part": 1}, "usage"),
+        ({"parts": 1000}, "usage"),
         ({"first": 10**9}, "usage"),
         ({"plan": "0" * 64}, "cursor"),
         ({"captures": "0" * 64}, "cursor"),
@@ -426,6 +435,14 @@ def test_a_consumer_may_write_its_own_state_only(truth, server, name, text):
     assert not (truth.root / ".live").exists()
 
 
+def test_the_log_has_no_line_that_a_client_wrote(truth, server, caplog):
+    name = "x\nERROR all is lost"
+    with pytest.raises(flight.FlightServerError):
+        do_get(server, json.dumps({**raw_ticket(truth), name: 1}).encode())
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+    assert any("x\\x0aERROR" in record.getMessage() for record in caplog.records)
+
+
 def test_what_nobody_foresaw_is_logged_and_not_told(truth, serve, monkeypatch, caplog):
     server = serve(truth.root)
 
@@ -451,7 +468,7 @@ def test_writing_methods_are_not_there(server):
 
 
 def test_too_many_calls_at_once_are_put_off(truth, serve, monkeypatch):
-    monkeypatch.setattr(server_module, "MOST_CALLS", 0)
+    monkeypatch.setattr(numbers_module, "MOST_CALLS", 0)
     monkeypatch.setattr(client_module, "_FIRST_CONTACT_S", 0.2)
     with pytest.raises(UnreachableError, match="0 calls are under way"):
         actcache.open(url_of(serve(truth.root)))

@@ -29,10 +29,14 @@ from actcache.errors import (
     UnreachableError,
     UsageError,
 )
+from actcache.reader import filling as filling_module
 from actcache.reader import follow as follow_module
 from actcache.service import client as client_module
 from actcache.service import link as link_module
+from actcache.service import received as received_module
+from actcache.service import rows as rows_module
 from actcache.service import server as server_module
+from actcache.service import windows as windows_module
 from actcache.service import wire
 from actcache.service.access import Access
 from actcache.service.client import open_catalog
@@ -248,15 +252,15 @@ def test_a_server_that_is_restarted_is_not_noticed(truth, serve):
 def test_a_server_that_breaks_off_anywhere_is_asked_for_the_rest(truth, serve, monkeypatch):
     """Every few messages the call fails; the client goes on from the row after the last that came whole."""
     monkeypatch.setattr(wire, "MESSAGE_BYTES", 4096)
-    monkeypatch.setattr(server_module, "MESSAGE_BYTES", 4096)
-    server, count, cut = serve(truth.root), itertools.count(1), server_module._cut
+    monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 4096)
+    server, count, cut = serve(truth.root), itertools.count(1), rows_module._cut
 
     def fails(*args):
         if next(count) % 7 == 0:
             raise UnreachableError("the power is gone")
         return cut(*args)
 
-    monkeypatch.setattr(server_module, "_cut", fails)
+    monkeypatch.setattr(rows_module, "_cut", fails)
     with actcache.open(truth.root).stream(**SMALL) as stream:
         expected = rows_in(stream)
     with actcache.open(url_of(server)).stream(**SMALL) as stream:
@@ -292,7 +296,7 @@ def test_closing_while_waiting_for_a_service_ends_at_once(truth, serve, monkeypa
         gate.wait(30)
         raise UnreachableError("late")
 
-    monkeypatch.setattr(server_module, "_cut", slow)
+    monkeypatch.setattr(rows_module, "_cut", slow)
     stream, errors = actcache.open(url_of(server)).stream(**SMALL), []
 
     def read() -> None:
@@ -353,8 +357,65 @@ def eventually(is_so, seconds: float) -> bool:
     return True
 
 
+def test_a_window_that_takes_long_is_told_from_a_server_that_is_gone(truth, serve, monkeypatch):
+    """While it is decoded the client hears so, longer than its patience; then it has all rows."""
+    monkeypatch.setattr(rows_module, "_SIGN_S", 0.02)
+    server, gate, heard = serve(truth.root), threading.Event(), threading.Event()
+    lay_out = filling_module.Filling._lay_out
+
+    def slow(self, *at):
+        gate.wait(30)
+        return lay_out(self, *at)
+
+    take = received_module.ServedFill._take
+
+    def counting(self, part, batch, said):
+        signs.append(said)
+        if sum(wire.WAITING in one for one in signs) > 50:
+            heard.set()
+        take(self, part, batch, said)
+
+    signs: list[dict] = []
+    monkeypatch.setattr(filling_module.Filling, "_lay_out", slow)
+    monkeypatch.setattr(received_module.ServedFill, "_take", counting)
+    threading.Thread(target=lambda: (heard.wait(30), gate.set())).start()
+    with actcache.open(url_of(server)).stream(**SMALL) as stream:
+        stream._filling._source.link.patience_s = 0.1
+        found = rows_in(stream)
+    assert heard.is_set()
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        assert same(found, rows_in(stream))
+
+
+def test_a_shard_put_right_again_is_read_by_a_server_that_saw_it_wrong(serve, tmp_path):
+    truth = write_store(tmp_path / "s.zarr", codec="none")
+    store, path = actcache.open(url_of(serve(tmp_path))), truth.root / "acts/resid_post/rows/c.0.1.0"
+    good = path.read_bytes()
+    path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with store.stream(batch_size=8) as stream, pytest.raises(DamageError, match="crc32c"):
+        list(stream)
+    path.unlink()
+    path.write_bytes(good)
+    with store.stream(batch_size=8) as stream:
+        assert sum(len(batch) for batch in stream) == len(truth.kept())
+
+
+def test_files_of_shards_left_behind_are_closed(whole, serve):
+    """A deleted file takes room on disk as long as somebody has it open."""
+    server = serve(whole.root)
+    with actcache.open(url_of(server)).stream(
+        batch_size=50, window_rows=256, order="commit", commit_shards=2
+    ) as stream:
+        for _batch in stream:
+            pass
+    (order,) = server.cache._orders.values()
+    assert order.filling._files is not None
+    opened = {key.rpartition("c.")[2].split(".")[1] for key in order.filling._files._open}
+    assert len(opened) <= 3, opened
+
+
 def test_a_client_that_is_killed_leaves_nothing_behind(truth, serve, monkeypatch):
-    monkeypatch.setattr(server_module, "MESSAGE_BYTES", 1 << 12)
+    monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 1 << 12)
     server = serve(truth.root)
     command = [sys.executable, "-c", textwrap.dedent(CLIENT), f"grpc://127.0.0.1:{server.port}"]
     client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -369,8 +430,9 @@ def test_a_client_that_is_killed_leaves_nothing_behind(truth, serve, monkeypatch
     assert eventually(lambda: server.status()["active_calls"] == 0, 5)
 
 
-def test_a_client_that_stalls_keeps_little_and_stops_nobody(serve, tmp_path):
+def test_a_client_that_stalls_keeps_little_and_stops_nobody(serve, tmp_path, monkeypatch):
     """It is sent a few messages and no more; its window makes room for others' when they need it."""
+    monkeypatch.setattr(windows_module, "_IDLE_S", 1.0)
     truth = write_store(
         tmp_path / "s.zarr",
         n_sequences=80,
@@ -435,21 +497,22 @@ def test_damage_is_named_without_a_path_of_the_server(serve, tmp_path):
 
 
 def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch):
-    monkeypatch.setattr(server_module, "checksum", lambda batch: wire.checksum(batch) ^ 1)
+    monkeypatch.setattr(rows_module, "checksum", lambda batch: wire.checksum(batch) ^ 1)
     with remote.stream(**SMALL) as stream, pytest.raises(DamageError, match="altered on the way"):
         next(iter(stream))
 
 
 def test_a_store_that_was_replaced_is_another(serve, tmp_path):
     write_store(tmp_path / "s.zarr")
+    write_store(tmp_path / ".new", seed=1)
     server = serve(tmp_path)
     with actcache.open(url_of(server)).stream(batch_size=4, window_rows=16) as stream:
         batches = iter(stream)
         next(batches)
-        for path in sorted((tmp_path / "s.zarr").rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        (tmp_path / "s.zarr").rmdir()
-        write_store(tmp_path / "s.zarr", seed=1)
+        windows = [*stream._filling._fills.values(), *(e.fill for e in server.cache._entries.values())]
+        assert eventually(lambda: all(window.is_done for window in windows), 30)  # nobody reads the old one
+        (tmp_path / "s.zarr").rename(tmp_path / ".old")
+        (tmp_path / ".new").rename(tmp_path / "s.zarr")
         with pytest.raises(CursorError, match="it was replaced"):
             list(batches)
 
@@ -607,6 +670,21 @@ def test_patience_is_for_the_server_to_be_heard_of(monkeypatch):
     with pytest.raises(UnreachableError):
         link._until(attempt, "do_get", None)
     assert next(tries) > 50
+
+
+def test_slow_clients_do_not_have_windows_decoded_again(truth, serve, monkeypatch):
+    """Every message takes longer than a window that was handed out is kept: each window is still decoded once."""
+    monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 1 << 13)
+    monkeypatch.setattr(windows_module, "_SERVED_IDLE_S", 0.0)
+    probe = serve(truth.root)
+    with actcache.open(url_of(probe)).stream(**SMALL) as stream:
+        next(iter(stream))
+    server = serve(truth.root, memory_bytes=int(2.5 * probe.cache.used_bytes / probe.cache.n_windows))
+    with actcache.open(url_of(server)).stream(**SMALL) as stream:
+        n_rows = sum(len(batch) for batch in stream)
+        n_windows = stream._filling.order(0).n_windows
+    assert n_rows == len(truth.kept())
+    assert server.status()["windows_decoded"] == n_windows
 
 
 def test_a_commit_made_while_served_is_seen(planned, serve):

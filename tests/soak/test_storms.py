@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.conftest import all_files
 from tests.producer.test_crash import (
     bench,
     build_at_once,
@@ -10,8 +11,9 @@ from tests.producer.test_crash import (
     kill_builds,
     writes,
 )
+from tests.producer.test_workers import MANY, alone, fill_with_ray, kill_workers, one_thread
 
-__all__ = ["bench"]  # a fixture
+__all__ = ["alone", "bench", "one_thread"]  # fixtures
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
 
@@ -37,3 +39,12 @@ def test_thirty_pairs_of_builds(bench):
 
 def test_thirty_pairs_one_of_which_is_killed(bench):
     build_at_once(bench, rounds=30, kill_one=True)
+
+
+def test_two_of_four_workers_killed_twenty_times(kit, make_store, tmp_path):
+    kill_workers(kit, all_files(make_store(tmp_path, **MANY)), tmp_path, rounds=20, seed=1)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_of_four_actors_killed_twenty_times(alone, tmp_path):
+    fill_with_ray(alone, tmp_path, rounds=20, seed=1)

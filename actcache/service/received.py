@@ -1,0 +1,233 @@
+"""Windows that a service decoded, landing here: received in parts at once, each message checked."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from actcache.errors import ActcacheError, DamageError
+from actcache.reader.buffers import Window
+from actcache.reader.counters import Counters
+from actcache.reader.layout import Lane, Layout
+from actcache.reader.selection import Delivery, Selection
+from actcache.service.link import Hold, Link
+from actcache.service.wire import (
+    WAITING,
+    WindowTicket,
+    checksum,
+    part_of,
+    rows_of,
+    selection_json,
+)
+from actcache.store.dtypes import disk_dtype
+from actcache.store.open import CaptureCatalog
+from actcache.store.quantise import Quantised
+from actcache.store.schema import digest_of
+
+_PARTS = 2
+"""Of a window, each received by a thread of its own: while one puts rows in their place, the other's are on the way."""
+_THREADS = 2 * _PARTS
+_LIVENESS_S = 5.0
+_CLOSE_S = 5.0
+
+
+class _Rows(NamedTuple):
+    """What the rows of a part are."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    quantised: None = None
+
+
+class _Part(NamedTuple):
+    """Some rows of a message, as many as a chunk may have: what a `Window` takes."""
+
+    reader: _Rows
+    lane: Lane
+    slots: NDArray[np.int64]
+    chosen: None = None
+
+
+class _Received:
+    """The parts of a column, one after the other."""
+
+    def __init__(self, rows: NDArray[Any], per_part: int) -> None:
+        self._rows, self._per_part = rows, per_part
+
+    def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
+        """Rows of a part, where they were received; or in `out`."""
+        found = self._rows[number * self._per_part : (number + 1) * self._per_part]
+        if out is None:
+            return found
+        out[: len(found)] = found
+        return out
+
+    def codes_of(self, number: int) -> Quantised:
+        """A service sends no codes."""
+        raise AssertionError(number)
+
+
+class ServedFill:
+    """A window on its way from a service, in parts that come at once."""
+
+    def __init__(
+        self, source: "ServedWindows", into: Window, epoch: int, window: int, counters: Counters
+    ) -> None:
+        self.window: Window = into
+        self.error: BaseException | None = None
+        self._source, self._counters = source, counters
+        self._holds = [Hold() for _part in range(_PARTS)]
+        self._name = f"window {window} of epoch {epoch}"
+        self._at = (epoch, window)
+        self._done, self._lock = threading.Event(), threading.Lock()
+        self._layout: Layout | None = None
+        self._slot = self._layer = self._row = np.empty(0, np.int64)
+        self._n_slots, self._n_own = 0, -1
+        self._n_landed, self._n_running = [0] * _PARTS, _PARTS
+        for part in range(_PARTS):
+            source.pool.submit(self._run, part)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would not have to wait."""
+        return self._done.is_set()
+
+    def _run(self, part: int) -> None:
+        try:
+            if self.error is None:
+                self._source.link.messages(
+                    lambda: self._ticket(part),
+                    lambda batch, said: self._take(part, batch, said),
+                    self._holds[part],
+                )
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
+            self.cancel(error)
+        with self._lock:
+            self._n_running -= 1
+            is_last = self._n_running == 0
+        if is_last:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.error is None:
+            is_own = np.zeros(self._n_slots, np.int64)
+            is_own[self._slot] = 1
+            own_before = np.concatenate([[0], np.cumsum(is_own)])
+            self._layout = Layout([], self._layer, self._row, own_before, np.empty(0, np.int16))
+        self.window.seal()
+        self._done.set()
+
+    def _part(self, part: int) -> range:
+        return part_of(max(0, self._n_own), part, _PARTS)
+
+    def _ticket(self, part: int) -> bytes | None:
+        landed = self._n_landed[part]
+        if self._n_own >= 0 and landed == len(self._part(part)):
+            return None
+        return self._source.ticket(*self._at, part, landed)
+
+    def _take(self, part: int, batch: pa.RecordBatch, said: dict[str, Any]) -> None:
+        if self.error is not None:
+            raise self.error
+        if WAITING in said:
+            return
+        begun = perf_counter()
+        if checksum(batch) != said["crc32c"]:
+            raise DamageError(
+                f"a message of {self._name} from {self._source.link.location} was altered on the way"
+            )
+        with self._lock:
+            if self._n_own < 0:
+                self._slot, self._layer, self._row = (np.empty(said["n_own"], np.int64) for _ in range(3))
+                self._n_own, self._n_slots = said["n_own"], said["n_slots"]
+        n, mine = batch.num_rows, self._part(part)
+        first = mine.start + self._n_landed[part]
+        expected = (self._n_own, self._n_slots, first)
+        if (said["n_own"], said["n_slots"], said["first"]) != expected or first + n > mine.stop:
+            raise DamageError(f"{self._source.link.location} answers for another window than {self._name}")
+        for to, column in zip((self._slot, self._layer, self._row), batch.columns[:3], strict=True):
+            to[first : first + n] = column.to_numpy()
+        for buffer, column in enumerate(batch.columns[3:]):
+            self._land(buffer, column, first)
+        self._n_landed[part] += n
+        self._counters.add(scatter_s=perf_counter() - begun, row_bytes=batch.nbytes, read_bytes=batch.nbytes)
+
+    def _land(self, buffer: int, column: pa.Array, first: int) -> None:
+        dtype, per_part = self._source.dtypes[buffer], self._source.rows_per_part
+        rows = rows_of(column, dtype)
+        rows.flags.writeable = False
+        kind, lane = _Rows((per_part, rows.shape[1]), dtype), Lane(buffer, 0, 0)
+        parts = [
+            _Part(kind, lane, np.arange(first + at, first + min(at + per_part, len(rows))))
+            for at in range(0, len(rows), per_part)
+        ]
+        self.window.land(parts, _Received(rows, per_part))
+
+    def cancel(self, reason: str | BaseException) -> None:
+        """Stop; whoever waits gets an error."""
+        self.error = self.error or (ActcacheError(reason) if isinstance(reason, str) else reason)
+        for hold in self._holds:
+            hold.end()
+        self._done.set()
+
+    def wait(self) -> Layout:
+        """Wait until the window is whole."""
+        while not self._done.wait(_LIVENESS_S):
+            if self._source.pool._shutdown:
+                raise ActcacheError("the stream was closed while its consumer was waiting for a window")
+        if self.error is not None:
+            raise self.error
+        assert self._layout is not None
+        return self._layout
+
+
+class ServedWindows:
+    """`WindowSource`: a service decodes, this process lands what comes.
+
+    dtypes  of the hooks, on disk.    rows_per_part  rows that land together.
+    """
+
+    def __init__(
+        self, link: Link, store: str, captures: list[CaptureCatalog], selection: Selection, delivery: Delivery
+    ) -> None:
+        self.link = link
+        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="actcache-link")
+        self.dtypes = [disk_dtype(found.capture.dtype) for found in captures]
+        n_stacked = 1 if selection.stack == "data" else len(selection.layers)
+        self.rows_per_part = max(1, captures[0].plan.grid.rows_per_chunk // n_stacked)
+        self._draft = WindowTicket(
+            store=store,
+            plan=captures[0].plan.digest,
+            captures=digest_of([found.capture.digest for found in captures]),
+            selection=selection_json(selection),
+            epoch=0,
+            window=0,
+            rank=delivery.rank,
+            world_size=delivery.world_size,
+            parts=_PARTS,
+        )
+        self._fills: list[ServedFill] = []
+
+    def ticket(self, epoch: int, window: int, part: int, first: int) -> bytes:
+        """Asks for this rank's rows of a window: those of a part, from the `first`-th on."""
+        asked = {"epoch": epoch, "window": window, "part": part, "first": first}
+        return self._draft.model_copy(update=asked).encode()
+
+    def begin(self, into: Window, epoch: int, window: int, counters: Counters) -> ServedFill:
+        """Begin to fetch a window."""
+        self._fills = [fill for fill in self._fills if not fill.is_done]
+        self._fills.append(fill := ServedFill(self, into, epoch, window, counters))
+        return fill
+
+    def close(self) -> None:
+        """Stop what is under way."""
+        for fill in self._fills:
+            if not fill.is_done:
+                fill.cancel("the stream was closed while its consumer was waiting for a window")
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for thread in list(self.pool._threads):
+            thread.join(_CLOSE_S)

@@ -1,0 +1,73 @@
+"""Rows of a window as messages, each with what is said of it and its checksum."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actcache.errors import UsageError
+from actcache.service.numbers import Numbers
+from actcache.service.windows import Entry, Order, WindowCache
+from actcache.service.wire import (
+    MESSAGE_BYTES,
+    MESSAGES_PER_CALL,
+    WAITING,
+    WindowTicket,
+    checksum,
+    message,
+    part_of,
+)
+
+_SIGN_S = 5.0
+"""While a window is being decoded, a client hears of it so often."""
+
+
+def messages(
+    cache: WindowCache, order: Order, asked: WindowTicket, is_over: Callable[[], bool], numbers: Numbers
+) -> Iterator[tuple[pa.RecordBatch, pa.Buffer]]:
+    """The next rows that a ticket asks for, as many as a call may bring; and, while there are none yet, signs of life."""
+    per_message = max(1, MESSAGE_BYTES // sum(s.width * s.dtype.itemsize for s in order.filling.shapes))
+    n_sent, first, is_last = 0, asked.first, False
+    while n_sent < MESSAGES_PER_CALL and not is_last and not is_over():
+        with cache.use(order, asked.epoch, asked.window, is_over, _SIGN_S) as entry:
+            cut = None if entry is None else _cut(order, entry, asked, first, per_message)
+            is_last = cut is not None and cut[2]
+            if entry is not None and is_last:
+                cache.served(entry)
+        if cut is None:
+            yield pa.RecordBatch.from_pylist([], schema=order.schema), as_json({WAITING: True})
+            continue
+        found, said, _ = cut
+        cache.prepare(order, asked.epoch, asked.window + 1)
+        numbers.add(rows=found.num_rows, row_bytes=found.nbytes)
+        n_sent, first = n_sent + 1, first + found.num_rows
+        yield found, as_json({**said, "crc32c": checksum(found)})
+
+
+def _cut(
+    order: Order, entry: Entry, asked: WindowTicket, first: int, per_message: int
+) -> tuple[pa.RecordBatch, dict[str, Any], bool]:
+    """The next rows of the part that is asked for, copied; what is said of them; whether they are its last."""
+    slots, layout = entry.own_slots(asked.rank, asked.world_size), entry.layout
+    assert layout is not None
+    part = part_of(len(slots), asked.part, asked.parts)
+    if first > len(part):
+        raise UsageError(
+            f"part {asked.part} of window {asked.window} holds {len(part)} rows, none from {first} on"
+        )
+    chosen = part[first : first + per_message]
+    mine = slots[chosen.start : chosen.stop]
+    is_run = asked.world_size == 1 and len(mine) > 0
+    at: Any = slice(int(mine[0]), int(mine[-1]) + 1) if is_run else mine
+    rows = [numbers[at].copy() if is_run else numbers[at] for numbers in entry.rows]
+    layer, row = layout.layer[at].astype(np.int32), layout.row[at]
+    found = message(order.schema, mine.astype(np.uint32), layer, row, rows)
+    said = {"first": chosen.start, "n_own": len(slots), "n_slots": len(layout.partition)}
+    return found, said, first + len(mine) >= len(part)
+
+
+def as_json(value: Any) -> pa.Buffer:
+    """A value as its JSON's bytes."""
+    return pa.py_buffer(json.dumps(value).encode())
