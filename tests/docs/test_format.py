@@ -229,17 +229,23 @@ def test_retiring_removes_what_the_page_says(truth):
         retire(disk, catalog.arrays["retired"], catalog.plan, 1, {"a": 2}, "test")
         remove_retired(disk, (found.arrays for found in catalog.captures.values()), 1)
     after = {p.relative_to(truth.root).as_posix() for p in truth.root.rglob("*") if p.is_file()}
-    _plan_table, capture_table = tables(SECTIONS["5. Arrays"])
-    keys = {unquoted(row["path"]): unquoted(row["key of a shard's object"]) for row in capture_table}
+    _plan_table, *capture_tables = tables(SECTIONS["5. Arrays"])
+    keys = {
+        unquoted(row["path"]): unquoted(row["key of a shard's object"])
+        for table in capture_tables
+        for row in table
+    }
     (step,) = [
         line for line in SECTIONS["9. Ledger and commit"].splitlines() if "of the shard are removed" in line
     ]
     gone = [name for name in keys if f"`{name}`" in step]
-    assert before - after == {
+    named_there = {
         f"acts/{hook}/" + eval(f"f{keys[name]!r}", {"shard": 1})
         for hook in ("mlp_out", "resid_post")
         for name in gone
     }
+    assert {f"acts/{hook}/rows/c.0.1.0" for hook in ("mlp_out", "resid_post")} <= named_there
+    assert before - after == named_there & before
     assert after - before == {"retired/c.1"}
     named = [key for name, key in steps if name in ("link", "remove")]
     assert named[0] == "retired/c.1"
