@@ -492,6 +492,7 @@ def _shard_memory(options: dict[str, Any], given: set[str]) -> int:
 
 _OF_THE_RUN = frozenset(
     (
+        *("max_disk", "consumers", "expire_after"),
         *("rank", "world_size", "engine", "workers", "gpus_per_worker", "cpus_per_worker", "ray_address"),
         *("model", "out", "revision", "layers", "hook", "hook_module", "dtype", "model_dtype", "codec"),
         *("shard_memory", "device", "device_map", "encode_threads", "allow_non_finite", "add", "as_json"),
@@ -655,6 +656,10 @@ def _add(options: dict[str, Any], given: set[str]) -> "BuildSummary":
     wrong = sorted(f"--{name.replace('_', '-')}" for name in given - _OF_THE_RUN)
     if wrong:
         raise UsageError(f"--add takes the plan from {options['out']}: leave out {', '.join(wrong)}")
+    if given & {"max_disk", "consumers", "expire_after"}:
+        raise UsageError(
+            "--add with --max-disk: captures of a store come and go together; build it with all hooks at once"
+        )
     request = open_catalog(str(options["out"])).plan.request
     decoder = _load(
         options,

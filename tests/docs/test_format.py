@@ -237,11 +237,13 @@ def test_retiring_removes_what_the_page_says(truth):
         line for line in SECTIONS["9. Ledger and commit"].splitlines() if "of the shard are removed" in line
     ]
     gone = [name for name in keys if f"`{name}`" in step]
-    assert before - after == {
+    named_there = {
         f"acts/{hook}/" + eval(f"f{keys[name]!r}", {"shard": 1})
         for hook in ("mlp_out", "resid_post")
         for name in gone
     }
+    assert {f"acts/{hook}/rows/c.0.1.0" for hook in ("mlp_out", "resid_post")} <= named_there
+    assert before - after == named_there & before
     assert after - before == {"retired/c.1"}
     named = [key for name, key in steps if name in ("link", "remove")]
     assert named[0] == "retired/c.1"
