@@ -120,7 +120,7 @@ def test_service_page_has_the_wire_format():
     fields = {unquoted(r["field"]): unquoted(r["default"]) for r in ticket}
     assert list(fields) == list(WindowTicket.model_fields)
     for name, field in WindowTicket.model_fields.items():
-        assert fields[name] == ("" if field.is_required() else str(field.default)), name
+        assert fields[name] == ("required" if field.is_required() else str(field.default)), name
     schema = schema_of([("a", 8, "float32")])
     assert [unquoted(r["column"]) for r in columns[:3]] == schema.names[:3]
     assert [unquoted(r["type"]) for r in columns[:3]] == [str(t) for t in schema.types[:3]]
