@@ -20,7 +20,7 @@ from analysis.metrics import evaluate
 from analysis.models import Model
 from analysis.patched import PatchedScores, Positions, evaluate_patched
 from analysis.reporter import Reporter
-from analysis.subject import FILTERS, check_run, find_runs, load_subject
+from analysis.subject import check_run, filters_of, find_runs, load_subject
 from trainer import heldout
 from trainer.checkpoint import load_sae
 from trainer.heldout import HeldOut
@@ -168,16 +168,17 @@ def evaluate_run(
 def _rows_for(saes: list[TrainedSAE], store: Store, split: Split, device: str) -> Any:
     """A stream of rows such as the run was trained on."""
     selection = saes[0].provenance["selection"]
-    names = ("hook", "window_rows", *FILTERS)
-    chosen = {name: selection[name] for name in names if selection.get(name) is not None}
+    chosen = {name: selection[name] for name in ("hook", "window_rows") if selection.get(name) is not None}
+    layers = sorted({layer for sae in saes for layer in sae.layers})
     return store.stream(
         batch_size=4096,
-        layers=sorted({layer for sae in saes for layer in sae.layers}),
+        layers=layers,
         stack=saes[0].form.stack,
         split=split,
         device=device,
         dtype=torch.float32,
         **chosen,
+        **filters_of(selection, layers),
     )
 
 

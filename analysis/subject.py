@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,14 @@ FILTERS = ("outlier_norm_ratio", "norm_limits", "positions", "exclude_tokens")
 """Parts of a run's selection that say which rows pass."""
 
 _RESULT = "sae.json"
+
+
+def filters_of(selection: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """The row filter of a run's selection, on some of its layers: arguments of `Store.stream` and `Store.iter_shards`."""
+    found = {name: selection[name] for name in FILTERS if selection.get(name) is not None}
+    if "norm_limits" in found:  # JSON has no numbers for keys
+        found["norm_limits"] = {layer: found["norm_limits"][str(layer)] for layer in layers}
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +133,7 @@ class Subject:
     @property
     def filters(self) -> dict[str, Any]:
         """The run's row filter: arguments of `Store.stream` and `Store.iter_shards`."""
-        found = {name: self.selection[name] for name in FILTERS if self.selection.get(name) is not None}
-        if "norm_limits" in found:
-            found["norm_limits"] = {int(layer): limit for layer, limit in found["norm_limits"].items()}
-        return found
+        return filters_of(self.selection, self.layers)
 
     def shards(self, split: Split, n_tokens: int | None = None) -> Iterator[ShardRows]:
         """The store's kept tokens at this run's hooks and layers, marked by its filter."""

@@ -5,7 +5,6 @@ Counted as `du` counts: whole blocks of the file system, folders included.
 
 import math
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -85,10 +84,9 @@ def bytes_under(root: Path) -> int:
             found = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             continue
-        if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
-            if found.st_ino in seen:
-                continue
-            seen.add(found.st_ino)
+        if found.st_ino in seen:  # one that is given its final name meanwhile is met under both
+            continue
+        seen.add(found.st_ino)
         total += found.st_blocks * 512
     return total
 
