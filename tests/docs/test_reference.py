@@ -109,3 +109,20 @@ def test_changelog_has_a_format_heading_for_every_release():
     assert releases
     for text in releases.values():
         assert "### Format" in text
+
+
+def test_service_page_has_the_wire_format():
+    from actcache.service.server import ACTIONS
+    from actcache.service.wire import WindowTicket, schema_of
+
+    rows = sections(read("service.md"), 2)
+    ticket, columns = tables(rows["Rows"])
+    fields = {unquoted(r["field"]): unquoted(r["default"]) for r in ticket}
+    assert list(fields) == list(WindowTicket.model_fields)
+    for name, field in WindowTicket.model_fields.items():
+        assert fields[name] == ("required" if field.is_required() else str(field.default)), name
+    schema = schema_of([("a", 8, "float32")])
+    assert [unquoted(r["column"]) for r in columns[:3]] == schema.names[:3]
+    assert [unquoted(r["type"]) for r in columns[:3]] == [str(t) for t in schema.types[:3]]
+    (actions,) = tables(rows["Actions"])
+    assert {unquoted(r["action"]): r["what"] for r in actions} == ACTIONS

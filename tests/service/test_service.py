@@ -568,7 +568,7 @@ def test_following_through_a_service(whole, planned, serve, monkeypatch):
         consumer.finished()
     assert same(found, expected)
     said = read_consumers(LocalObjects(planned.root))["a"]
-    assert (said.phase, said.needs_shard) == ("finished", N_SHARDS - 1)
+    assert (said.phase, said.needs_shard) == ("finished", N_SHARDS)
 
 
 def test_retired_shards_say_so_through_a_service(whole, serve):
