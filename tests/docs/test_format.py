@@ -230,7 +230,9 @@ def test_retiring_removes_what_the_page_says(truth):
         remove_retired(disk, (found.arrays for found in catalog.captures.values()), 1)
     after = {p.relative_to(truth.root).as_posix() for p in truth.root.rglob("*") if p.is_file()}
     _plan_table, capture_table, quantised_table = tables(SECTIONS["5. Arrays"])
-    of_quantised = quantised_table if any(c.capture.codec == "uint8" for c in catalog.captures.values()) else []
+    of_quantised = (
+        quantised_table if any(c.capture.codec == "uint8" for c in catalog.captures.values()) else []
+    )
     listed = [*capture_table, *of_quantised]
     keys = {unquoted(row["path"]): unquoted(row["key of a shard's object"]) for row in listed}
     (step,) = [
