@@ -46,6 +46,7 @@ def test_the_paragraph_on_the_demo_says_what_was_measured():
     """Numbers of benchmarks/results/analyze.json, which holds the summary of the demo's analysis."""
     text = (REFERENCE / "analyses.md").read_text(encoding="utf-8")
     paragraph = text.split("<!-- demo-analysis:begin -->")[1].split("<!-- demo-analysis:end -->")[0]
+    paragraph = " ".join(paragraph.split())
     measured = json.loads((ROOT / "benchmarks" / "results" / "analyze.json").read_text(encoding="utf-8"))
     summary = measured["demo"]["summary"]
     scores, facts = summary["scores"], summary["facts"]
