@@ -327,7 +327,14 @@ class Store:
             raise UsageError(f"rank {rank} of {world_size}: world_size must divide partitions={partitions}")
         follower = None
         if follow:
-            check_can_follow(captures, order=order, epochs=epochs, partial=partial, consumer=consumer)
+            check_can_follow(
+                captures,
+                order=order,
+                epochs=epochs,
+                partial=partial,
+                consumer=consumer,
+                is_held_out=split == "holdout",
+            )
             follower = Follower(
                 captures,
                 consumer=consumer,

@@ -82,6 +82,7 @@ def check_can_follow(
     epochs: int | None,
     partial: bool | str,
     consumer: str | None,
+    is_held_out: bool,
 ) -> None:
     """UsageError where a store cannot be followed so: above all where its disk budget would delete rows before they come."""
     if order != "commit":
@@ -95,7 +96,7 @@ def check_can_follow(
     objects = captures[0].objects
     budget = read_budget(objects)
     n_shards = captures[0].plan.grid.n_shards
-    if budget is None or all(len(found.live()) == n_shards for found in captures):
+    if budget is None or is_held_out or all(len(found.live()) == n_shards for found in captures):
         return
     if epochs != 1:
         raise UsageError(

@@ -29,7 +29,15 @@ BUILD = [
 ]
 """59 shards of a megabyte."""
 BUDGET = 12_800_000
-SETTINGS = ["expansion=2", "k=8", "batch_rows=1024", "first_window_rows=2048", "lr=1e-3", "auxk=8"]
+SETTINGS = [
+    "expansion=2",
+    "k=8",
+    "batch_rows=1024",
+    "first_window_rows=2048",
+    "checkpoint_every_steps=1",
+    "lr=1e-3",
+    "auxk=8",
+]
 
 
 def command(*arguments: object) -> list[str]:
