@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import statistics
 import time
@@ -173,10 +172,9 @@ def measure_writer(arguments: argparse.Namespace) -> dict:
     for round_ in range(arguments.rounds + 1):
         for name, prepare in methods.items():
             write = prepare()
-            started, before = time.perf_counter(), os.times()
+            started, before = time.perf_counter(), time.process_time()
             write()
-            after, spent = os.times(), time.perf_counter() - started
-            cpu = after.user + after.system - before.user - before.system
+            cpu, spent = time.process_time() - before, time.perf_counter() - started
             if round_:  # the first touches memory
                 gb = writing.n_bytes / 1e9
                 found[name].append({"cpu_s_per_gb": cpu / gb, "s_per_gb": spent / gb})
