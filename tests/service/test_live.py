@@ -19,6 +19,7 @@ from actcache.store.open import Catalog
 from tests.conftest import Kit, make_decoder, read_texts, small_settings, write_corpus
 from tests.service import storm
 from tests.service.storm import BUDGET, BUILD, SETTINGS, command
+from tests.service.test_storm import free_port
 from tests.test_cli import run
 
 SHARDS = {"n_tokens": 24 * 8 * 16, "holdout_frac": 0.05, "dtype": "float32", "codec": "none"}
@@ -242,3 +243,52 @@ def test_a_run_in_a_storm(call, tmp_path):
     run_in_a_storm(
         call, tmp_path, rng.choice(["producer", "sae", "supervisor", "ctrl-c"], 20).tolist(), seed=1
     )
+
+
+def serve_in_a_storm(call, tmp_path, victims: list[str], seed: int) -> None:
+    """A build within a budget, a service, and a trainer that follows through it; each round one is killed and started again."""
+    rng, whole, port = np.random.default_rng(seed), undisturbed(call, tmp_path / "whole"), free_port()
+    out = tmp_path / "live"
+    out.mkdir()
+    root, settings = out / "acts.zarr", [text for setting in SETTINGS for text in ("--set", setting)]
+    url = f"grpc://127.0.0.1:{port}/acts.zarr"
+    commands = {
+        "server": command("serve", out, "--port", port),
+        "producer": command("build", *BUILD, "--out", root, "--max-disk", BUDGET, "--consumers", "sae"),
+        "sae": command(
+            *("train", url, "--out", out / "run", "--follow", "--consumer", "sae", "--resume"),
+            *("--device", "cpu", *settings),
+        ),
+    }
+    logs = {name: tmp_path / f"{name}.log" for name in commands}
+    running = {name: storm.start(arguments, logs[name]) for name, arguments in commands.items()}
+    try:
+        with storm.watched(root) as peak:
+            for victim in victims:
+                due = storm.n_committed(root) + int(rng.integers(1, 3 + 30 // len(victims)))
+
+                def is_due(due=due) -> bool:
+                    return storm.n_committed(root) >= due or running["producer"].poll() is not None
+
+                assert storm.wait_until(is_due), logs["producer"].read_text()
+                storm.kill(running[victim].pid)
+                running[victim].wait(storm.ENDS_S)
+                running[victim] = storm.start(commands[victim], logs[victim])
+            for name in ("producer", "sae"):
+                assert running[name].wait(storm.ENDS_S) == 0, logs[name].read_text()
+            assert 0 < peak() <= BUDGET
+    finally:
+        for process in running.values():
+            storm.kill(process.pid)
+            process.wait(storm.ENDS_S)
+    assert result(out / "run") == result(whole / "run")
+    store, sae = actcache.open(root), json.loads((out / "run/sae.json").read_text())
+    assert sae["rows"] == store.n_kept * len(store.layers), "each row once"
+    assert len(store.retired()) > 20
+    assert json.loads(call("verify", root, "--json").out)["problems"] == []
+
+
+@pytest.mark.soak
+def test_producer_trainer_and_server_in_a_storm(call, tmp_path):
+    rng = np.random.default_rng(2)
+    serve_in_a_storm(call, tmp_path, rng.choice(["producer", "sae", "server"], 20).tolist(), seed=2)
