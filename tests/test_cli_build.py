@@ -97,7 +97,9 @@ def test_plan_has_the_options_of_build_but_those_of_a_run():
     own = set(inspect.signature(cli.plan).parameters)
     of_build = set(inspect.signature(cli.build).parameters)
     assert own - of_build == {"read", "tokens_per_s"}
-    assert of_build - own == {"ctx", "model_dtype", "device", "device_map", "encode_threads", "add"}
+    of_a_run = {"ctx", "model_dtype", "device", "device_map", "encode_threads", "add"}
+    of_a_run |= {"max_disk", "consumers", "expire_after"}
+    assert of_build - own == of_a_run
 
 
 # build

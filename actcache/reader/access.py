@@ -449,7 +449,9 @@ class Store:
                 f"the {split} split of {self.url} holds no shards; build it with a larger --holdout"
             )
         rules = RowRules(
-            norm_limits=self._norm_limits(captures[0], shards, selected, outlier_norm_ratio, norm_limits),
+            norm_limits=self._norm_limits(
+                captures[0], self._shards("train"), selected, outlier_norm_ratio, norm_limits
+            ),
             positions=resolve_positions(positions, self.plan.grid.seq_len),
             exclude_tokens=None if exclude_tokens is None else tuple(sorted(set(exclude_tokens))),
         )

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -123,8 +123,9 @@ class CaptureCatalog:
         if record is not None:
             raise retired_error(self.objects.url, record)
 
-    def _missing(self, shard: int, key: str) -> ActcacheError:
-        return missing(self.objects, self._retired, self.plan, shard, key)
+    def _missing(self, shard: int, key: str) -> Callable[[], ActcacheError]:
+        """Says why an object is not there. It does not hold this catalog, which holds the readers that hold it."""
+        return partial(missing, self.objects, self._retired, self.plan, shard, key)
 
     def is_committed(self, shard: int) -> bool:
         """Whether a shard is committed. Looks at the store every time it is called."""
@@ -186,7 +187,7 @@ class CaptureCatalog:
                 (rows_per_chunk, width),
                 files=self.files,
                 quantised=self.capture.dtype if is_quantised(self.capture) else None,
-                on_missing=lambda: self._missing(shard, key),
+                on_missing=self._missing(shard, key),
             )
         return known
 
@@ -203,7 +204,7 @@ class CaptureCatalog:
         assert spec.inner is None
         record = self.record(shard)
         key = side_key(spec, shard, record.generation)
-        return read_checked(self.objects, spec, key, record.side[name], lambda: self._missing(shard, key))
+        return read_checked(self.objects, spec, key, record.side[name], self._missing(shard, key))
 
     def layer_index(self, layer: int) -> int:
         """Where a model layer lies on the layer axis; UsageError names those there are."""
