@@ -62,6 +62,7 @@ bench: $(VENV)/.interop
 	$(BIN)/python benchmarks/quantise.py --work build/bench --out benchmarks/results/quantise.json
 	$(BIN)/python benchmarks/train_wait.py --work build/bench --out benchmarks/results/train_wait.json
 	$(BIN)/python benchmarks/train_sweep.py --work build/bench --out benchmarks/results/train_sweep.json
+	$(BIN)/python benchmarks/service.py --work build/bench --out benchmarks/results/service.json
 	$(BIN)/python benchmarks/object_storage.py --out benchmarks/results/object_storage.json
 	PYTHONPATH=$(INTEROP) $(BIN)/python benchmarks/train.py --out benchmarks/results/train.json
 

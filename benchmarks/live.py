@@ -14,6 +14,7 @@ The bounded run is of all layers in float32: about five times the budget. The st
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -189,8 +190,9 @@ def main() -> None:
     print(json.dumps(found, indent=2))
 
 
-def _version(module: str) -> str:
-    return __import__(module).__version__
+def _version(module: str) -> str | None:
+    """None where it is not installed: only `ways` needs it."""
+    return __import__(module).__version__ if importlib.util.find_spec(module) else None
 
 
 if __name__ == "__main__":
