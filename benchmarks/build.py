@@ -133,7 +133,7 @@ class Bench:
         started = time.perf_counter()
         summary = fill_captures(catalog, ["resid_post"], self.decoder, reporter=BuildReporter())
         spent = time.perf_counter() - started
-        self.stages.setdefault(codec, []).append(summary.as_json())
+        self.stages.setdefault(codec, []).append(summary.as_json() | {"store": summary.store.name})
         shutil.rmtree(self.work / f"{codec}.zarr")
         return spent
 
