@@ -134,7 +134,8 @@ def test_wandb_offline_holds_what_the_run_wrote(tmp_path):
     sent = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert sent == {line["step"]: pytest.approx(line["loss"]) for line in lines}
     assert {row["step"] for row in rows if "held_out/mean/fvu" in row} == {0, 5, 10, 11}
-    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    # offline-run-<date>_<time>-<id>, and a number behind it where the second began within the same second
+    ids = {path.name.split("-")[3] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert ids == {(tmp_path / "run" / "wandb-id").read_text()}  # one run, continued
 
 
