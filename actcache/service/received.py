@@ -1,5 +1,6 @@
 """Windows that a service decoded, landing here: received in parts at once, each message checked."""
 
+import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
@@ -209,6 +210,7 @@ class ServedWindows:
             rank=delivery.rank,
             world_size=delivery.world_size,
             parts=_PARTS,
+            client=secrets.token_hex(8),
         )
         self._fills: list[ServedFill] = []
 

@@ -30,20 +30,21 @@ def messages(
     """The next rows that a ticket asks for, as many as a call may bring; and, while there are none yet, signs of life."""
     per_message = max(1, MESSAGE_BYTES // sum(s.width * s.dtype.itemsize for s in order.filling.shapes))
     n_sent, first, is_last = 0, asked.first, False
-    while n_sent < MESSAGES_PER_CALL and not is_last and not is_over():
-        with cache.use(order, asked.epoch, asked.window, is_over, _SIGN_S) as entry:
-            cut = None if entry is None else _cut(order, entry, asked, first, per_message)
-            is_last = cut is not None and cut[2]
-            if entry is not None and is_last:
-                cache.served(entry)
-        if cut is None:
-            yield pa.RecordBatch.from_pylist([], schema=order.schema), as_json({WAITING: True})
-            continue
-        found, said, _ = cut
-        cache.prepare(order, asked.epoch, asked.window + 1)
-        numbers.add(rows=found.num_rows, row_bytes=found.nbytes)
-        n_sent, first = n_sent + 1, first + found.num_rows
-        yield found, as_json({**said, "crc32c": checksum(found)})
+    with cache.call(asked.client) as client:
+        while n_sent < MESSAGES_PER_CALL and not is_last and not is_over():
+            with cache.use(order, asked.epoch, asked.window, client, is_over, _SIGN_S) as entry:
+                cut = None if entry is None else _cut(order, entry, asked, first, per_message)
+                is_last = cut is not None and cut[2]
+                if entry is not None and is_last:
+                    cache.had(client, entry, asked.part, asked.parts)
+            if cut is None:
+                yield pa.RecordBatch.from_pylist([], schema=order.schema), as_json({WAITING: True})
+                continue
+            found, said, _ = cut
+            cache.prepare(order, asked.epoch, asked.window + 1)
+            numbers.add(rows=found.num_rows, row_bytes=found.nbytes)
+            n_sent, first = n_sent + 1, first + found.num_rows
+            yield found, as_json({**said, "crc32c": checksum(found)})
 
 
 def _cut(

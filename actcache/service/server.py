@@ -1,7 +1,8 @@
 """Stores served over Arrow Flight: objects as they lie on disk, and shuffled windows decoded once for all who ask.
 
-Every request says all it needs (`actcache.service.wire`), so nothing is kept of a client between two of them: a server
-that was restarted goes on as if nothing had been, and which rows a trainer has had is known by its checkpoint alone.
+Every request says all it needs (`actcache.service.wire`), so a server that was restarted goes on as if nothing had been,
+and which rows a trainer has had is known by its checkpoint alone. What is kept of a client between two requests only
+says which windows are still wanted (`actcache.service.followers`).
 """
 
 import json
@@ -135,8 +136,7 @@ class Server(flight.FlightServerBase):
         return flight.GeneratorStream(order.schema, self._rows(context, order, asked))
 
     def _rows(self, context: Any, order: Order, asked: WindowTicket) -> Iterator[Any]:
-        at = (order, asked.epoch, asked.window)
-        with self._answering("do_get rows", context) as is_over, self.cache.call(*at):
+        with self._answering("do_get rows", context) as is_over:
             yield from messages(self.cache, order, asked, is_over, self.numbers)
 
     def _order(self, asked: WindowTicket) -> Order:

@@ -1,15 +1,21 @@
 """Windows decoded once and handed out to whoever asks: several trainers, and all ranks of each.
 
 A window is known by its order (the data and the selection, whatever the batch size), epoch and number. Together windows
-stay within a bound on memory. One may go once it was handed out, no call is reading it and nobody has touched it for a
-moment, or nobody has for longer: a client that stalls loses its place here and nothing else, for what it is sent is a copy.
+stay within a bound on memory. When there is no room for another one, those that no live client (`Followers`) still needs
+go, the longest unused first; where all are needed, whoever is ahead waits. So clients of one order have every window decoded
+once for all of them, as long as memory holds what lies between the first and the last.
+
+A client holds the window it is at and those after it that are there without a gap, nothing beyond: somebody who begins
+anew, or fell behind for good, stops nobody. Nor can clients wait for each other for ever: if all memory is held, then by one
+whose window is there, so it goes on, or stalls and is soon not counted any more. It loses its place here and nothing
+else, for what it is sent is a copy.
 """
 
 import re
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,14 +32,12 @@ from actcache.reader.layout import Layout
 from actcache.reader.scatter import aligned_empty
 from actcache.reader.selection import Delivery, Selection, parse_shards
 from actcache.reader.window import Fill
+from actcache.service.followers import Followers, Key
 from actcache.service.shelf import Served
 from actcache.service.wire import schema_of, selection_json
 from actcache.store.open import CaptureCatalog
 from actcache.store.schema import digest_of
 
-_SERVED_IDLE_S = 0.2
-_IDLE_S = 5.0
-"""Shorter, and clients that are merely slow would have windows decoded again for every message."""
 _POLL_S = 0.02
 _MOST_ORDERS = 12
 """Each keeps up to 64 files open: together they stay below the 1,024 that a process usually may have."""
@@ -85,6 +89,10 @@ class Order:
         """Whether there is such a window."""
         return 0 <= window < self.filling.order(epoch).n_windows
 
+    def following(self, epoch: int, window: int) -> tuple[int, int]:
+        """Epoch and number of the next window."""
+        return (epoch, window + 1) if self.has(epoch, window + 1) else (epoch + 1, 0)
+
 
 def order_key(served: Served, selection: Selection) -> str:
     """What two requests have in common when the same windows serve both: how they are cut into batches is not in it."""
@@ -128,16 +136,15 @@ def _shards(served: Served, selection: Selection) -> list[int]:
 
 @dataclass(slots=True)
 class Entry:
-    """A window in memory. Whole once `layout` is there."""
+    """A window in memory. Whole once `layout` is there. following: the key of the window after it."""
 
-    key: tuple[str, int, int]
+    key: Key
+    following: Key
     fill: Fill
     rows: list[NDArray[Any]]
     n_bytes: int
-    touched: float
     layout: Layout | None = None
     n_users: int = 0
-    was_served: bool = False
     own: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
 
     def own_slots(self, rank: int, world_size: int) -> NDArray[np.int64]:
@@ -169,8 +176,11 @@ class WindowCache:
         self.limit_bytes, self.tally = limit_bytes, Tally()
         self._threads, self._clock = threads, clock
         self._orders: OrderedDict[str, Order] = OrderedDict()
-        self._entries: OrderedDict[tuple[str, int, int], Entry] = OrderedDict()
-        self._calls = Counter[tuple[str, int, int]]()
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._followers = Followers(clock)
+        self._waiting: list[
+            Key
+        ] = []  # for room, in this order: else small windows would always get in before large ones
         self._changed = threading.Condition()
         self._free: list[NDArray[np.uint8]] = []
         self._is_closed = False
@@ -215,14 +225,20 @@ class WindowCache:
 
     @contextmanager
     def use(
-        self, order: Order, epoch: int, window: int, is_over: Callable[[], bool], seconds: float
+        self,
+        order: Order,
+        epoch: int,
+        window: int,
+        client: Hashable,
+        is_over: Callable[[], bool],
+        seconds: float,
     ) -> Iterator[Entry | None]:
         """A whole window, which stays while this block runs; decoded first, where it is not there.
 
         is_over  whether the caller has gone: then waiting ends.    seconds  None after so long: it is not there yet.
         """
         until = self._clock() + seconds
-        entry = self._take(order, epoch, window, is_over, until)
+        entry = self._take(order, (order.key, epoch, window), client, is_over, until)
         if entry is None:
             yield None
             return
@@ -231,70 +247,83 @@ class WindowCache:
         finally:
             with self._changed:
                 entry.n_users -= 1
-                entry.touched = self._clock()
+                self._followers.lives(client)
                 self._changed.notify_all()
 
     @contextmanager
-    def call(self, order: Order, epoch: int, window: int) -> Iterator[None]:
-        """A call that hands out a window, message by message: it is kept a while longer when the client is slow."""
-        key = (order.key, epoch, window)
-        with self._changed:
-            self._calls[key] += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._calls[key] -= 1
-                if not self._calls[key]:
-                    del self._calls[key]
+    def call(self, client: str | None) -> Iterator[Hashable]:
+        """A call of a client, known by the result. For one that breaks off nothing is kept until it asks again.
 
-    def served(self, entry: Entry) -> None:
-        """All that somebody wanted of a window was handed out."""
-        entry.was_served = True
+        client  None, where it does not say: then it is another one with each call.
+        """
+        known = client or object()
+        try:
+            yield known
+        except BaseException:
+            with self._changed:
+                self._followers.leaves(known)
+                self._changed.notify_all()
+            raise
+
+    def had(self, client: Hashable, entry: Entry, part: int, parts: int) -> None:
+        """A part of a window was handed out to a client to the end."""
+        with self._changed:
+            self._followers.had(client, entry.key, part, parts, entry.following)
 
     def prepare(self, order: Order, epoch: int, window: int) -> None:
         """Begin to decode a window that will be asked for soon, if there is room and all of it is committed."""
         key = (order.key, epoch, window)
         if key in self._entries or not order.is_ready(epoch, window):
             return
-        with self._changed:
-            if key not in self._entries and self._make_room(order):
+        with self._changed:  # nobody waits who needs the room now
+            if key not in self._entries and not self._waiting and self._make_room(order):
                 self._begin(order, key)
 
     def _take(
-        self, order: Order, epoch: int, window: int, is_over: Callable[[], bool], until: float
+        self, order: Order, key: Key, client: Hashable, is_over: Callable[[], bool], until: float
     ) -> Entry | None:
-        key, began = (order.key, epoch, window), self._clock()
+        began = self._clock()
         with self._changed:
-            while key not in self._entries:
-                if self._is_closed or is_over():
-                    raise UnreachableError(
-                        "the service is stopping" if self._is_closed else "the client has gone"
-                    )
-                if self._make_room(order):
-                    self._begin(order, key)
-                    break
-                if self._clock() > until:
-                    self.tally.waited_s += self._clock() - began
-                    return None
-                self._changed.wait(_POLL_S)
-            else:
-                self.tally.reused += 1
+            self._followers.asks(client, key)
+            is_there = key in self._entries or self._wait_for_room(order, key, is_over, until)
             self.tally.waited_s += self._clock() - began
+            if not is_there:
+                return None
+            if key in self._entries:
+                self.tally.reused += 1
+            else:
+                self._begin(order, key)
             entry = self._entries[key]
             self._entries.move_to_end(key)
             entry.n_users += 1
-            entry.touched = self._clock()
             return entry
+
+    def _wait_for_room(self, order: Order, key: Key, is_over: Callable[[], bool], until: float) -> bool:
+        """Until there is room for a window, or somebody else began it; False when neither came in time."""
+        try:
+            while key not in self._entries:
+                self._check_goes_on(is_over)
+                if key not in self._waiting:
+                    self._waiting.append(key)
+                if self._waiting[0] == key and self._make_room(order):
+                    return True
+                if self._clock() > until:
+                    return False
+                self._changed.wait(_POLL_S)
+            return True
+        finally:
+            if key in self._waiting:  # those that wait for the same one put it back
+                self._waiting.remove(key)
+
+    def _check_goes_on(self, is_over: Callable[[], bool]) -> None:
+        if self._is_closed or is_over():
+            raise UnreachableError("the service is stopping" if self._is_closed else "the client has gone")
 
     def _wait(self, entry: Entry, is_over: Callable[[], bool], until: float) -> bool:
         while not entry.fill.is_done_within(_POLL_S):
             if self._clock() > until:
                 return False
-            if self._is_closed or is_over():
-                raise UnreachableError(
-                    "the service is stopping" if self._is_closed else "the client has gone"
-                )
+            self._check_goes_on(is_over)
         if entry.layout is None:
             try:
                 entry.layout = entry.fill.wait()
@@ -305,11 +334,12 @@ class WindowCache:
                 raise
         return True
 
-    def _begin(self, order: Order, key: tuple[str, int, int]) -> None:
+    def _begin(self, order: Order, key: Key) -> None:
         order.filling.forget_before(*key[1:])
         rows = [self._buffer(shape.n_rows, shape.width, shape.dtype) for shape in order.filling.shapes]
         fill = order.filling.fill(HostWindow(rows, 0), key[1], key[2])
-        self._entries[key] = Entry(key, fill, rows, order.n_bytes, self._clock())
+        following = (key[0], *order.following(*key[1:]))
+        self._entries[key] = Entry(key, following, fill, rows, order.n_bytes)
         self.tally.decoded += 1
 
     def _buffer(self, n_rows: int, width: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -322,14 +352,12 @@ class WindowCache:
         return fitting.view(dtype).reshape(n_rows, width)
 
     def _make_room(self, order: Order) -> bool:
-        """Throw out what may go, the longest untouched first, until a window fits; memory of the right size is kept."""
-        moment, n_bytes = self._clock(), order.n_bytes
+        """Throw out what may go, the longest unused first, until a window fits; memory of the right size is kept."""
+        n_bytes, needed = order.n_bytes, self._needed()
         for key, entry in list(self._entries.items()):
             if self._used() + n_bytes <= self.limit_bytes:
                 break
-            is_over = entry.was_served and key not in self._calls
-            idle_s = moment - entry.touched
-            if entry.n_users or not entry.fill.is_done or idle_s < (_SERVED_IDLE_S if is_over else _IDLE_S):
+            if entry.n_users or not entry.fill.is_done or key in needed:
                 continue
             del self._entries[key]
             self._free += [rows.reshape(-1).view(np.uint8) for rows in entry.rows]
@@ -346,6 +374,15 @@ class WindowCache:
             other = next((i for i, b in enumerate(self._free) if b.nbytes not in wanted), 0)
             self._free.pop(other)
         return True
+
+    def _needed(self) -> set[Key]:
+        """Windows that clients are at, and those after them that are there without a gap."""
+        needed: set[Key] = set()
+        for key in self._followers.places():
+            while key in self._entries and key not in needed:
+                needed.add(key)
+                key = self._entries[key].following
+        return needed
 
     def close(self) -> None:
         """Stop decoding; wake whoever waits."""

@@ -4,7 +4,7 @@
     DoAction(name, JSON)   objects of a store, its live files, health, status, metrics
     GetFlightInfo(path)    what a store holds; GetFlightInfo(command): the tickets of an epoch
 
-Every request names all it needs, so a server keeps nothing between two of them.
+Every request names all it needs: a server that keeps nothing between two of them answers the same.
 """
 
 import json
@@ -42,6 +42,7 @@ class WindowTicket(_Request):
 
     plan, captures  digests of the data the client knows: another store under the same name is refused.
     selection       everything the order depends on besides.
+    client          whose stream this is: a window that it has not had yet is kept for it.
     """
 
     version: Literal[1] = VERSION
@@ -56,6 +57,7 @@ class WindowTicket(_Request):
     part: int = Field(default=0, ge=0)
     parts: int = Field(default=1, ge=1, le=64)
     first: int = Field(default=0, ge=0)
+    client: str | None = Field(default=None, min_length=1, max_length=64)
 
     def encode(self) -> bytes:
         """The bytes of a Flight ticket."""

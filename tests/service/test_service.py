@@ -32,11 +32,11 @@ from actcache.errors import (
 from actcache.reader import filling as filling_module
 from actcache.reader import follow as follow_module
 from actcache.service import client as client_module
+from actcache.service import followers as followers_module
 from actcache.service import link as link_module
 from actcache.service import received as received_module
 from actcache.service import rows as rows_module
 from actcache.service import server as server_module
-from actcache.service import windows as windows_module
 from actcache.service import wire
 from actcache.service.access import Access
 from actcache.service.client import open_catalog
@@ -432,7 +432,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(truth, serve, monkeypatch
 
 def test_a_client_that_stalls_keeps_little_and_stops_nobody(serve, tmp_path, monkeypatch):
     """It is sent a few messages and no more; its window makes room for others' when they need it."""
-    monkeypatch.setattr(windows_module, "_IDLE_S", 1.0)
+    monkeypatch.setattr(followers_module, "_IDLE_S", 1.0)
     truth = write_store(
         tmp_path / "s.zarr",
         n_sequences=80,
@@ -672,18 +672,35 @@ def test_patience_is_for_the_server_to_be_heard_of(monkeypatch):
     assert next(tries) > 50
 
 
-def test_slow_clients_do_not_have_windows_decoded_again(truth, serve, monkeypatch):
-    """Every message takes longer than a window that was handed out is kept: each window is still decoded once."""
+def test_clients_of_one_order_have_each_window_decoded_once(truth, serve, monkeypatch):
+    """Four at once, each slower than the one before, in memory for a few windows of many; every message takes its time."""
     monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 1 << 13)
-    monkeypatch.setattr(windows_module, "_SERVED_IDLE_S", 0.0)
     probe = serve(truth.root)
     with actcache.open(url_of(probe)).stream(**SMALL) as stream:
         next(iter(stream))
-    server = serve(truth.root, memory_bytes=int(2.5 * probe.cache.used_bytes / probe.cache.n_windows))
-    with actcache.open(url_of(server)).stream(**SMALL) as stream:
-        n_rows = sum(len(batch) for batch in stream)
         n_windows = stream._filling.order(0).n_windows
-    assert n_rows == len(truth.kept())
+    server = serve(truth.root, memory_bytes=int(2.5 * probe.cache.used_bytes / probe.cache.n_windows))
+    assert n_windows > 4
+    found: dict[int, list] = {}
+    streams = [actcache.open(url_of(server)).stream(**SMALL) for _ in range(4)]
+    together = threading.Barrier(4)
+
+    def train(i: int) -> None:
+        with streams[i] as stream:
+            for batch in stream:
+                if i not in found:
+                    together.wait(30)  # all in the first window
+                found.setdefault(i, []).extend(rows_in([batch]))
+                time.sleep(i * 0.002)
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        expected = rows_in(stream)
+    assert all(same(found[i], expected) for i in range(4))
     assert server.status()["windows_decoded"] == n_windows
 
 
