@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from actcache.errors import UsageError
+from actcache.service.memory import PAGE, Memory
 from actcache.service.numbers import Numbers
 from actcache.service.windows import Entry, Order, WindowCache
 from actcache.service.wire import (
@@ -19,6 +21,8 @@ from actcache.service.wire import (
     message,
     part_of,
 )
+
+_MEMORY = Memory()
 
 _SIGN_S = 5.0
 """While a window is being decoded, a client hears of it so often."""
@@ -44,7 +48,7 @@ def messages(
             cache.prepare(order, asked.epoch, asked.window + 1)
             numbers.add(rows=found.num_rows, row_bytes=found.nbytes)
             n_sent, first = n_sent + 1, first + found.num_rows
-            yield found, as_json({**said, "crc32c": checksum(found)})
+            yield found, as_json(said)
 
 
 def _cut(
@@ -62,11 +66,29 @@ def _cut(
     mine = slots[chosen.start : chosen.stop]
     is_run = asked.world_size == 1 and len(mine) > 0
     at: Any = slice(int(mine[0]), int(mine[-1]) + 1) if is_run else mine
-    rows = [numbers[at].copy() if is_run else numbers[at] for numbers in entry.rows]
     layer, row = layout.layer[at].astype(np.int32), layout.row[at]
-    found = message(order.schema, mine.astype(np.uint32), layer, row, rows)
+    found = message(order.schema, mine.astype(np.uint32), layer, row, _copied(entry.rows, at, len(mine)))
+    which = (asked.rank, asked.world_size, chosen.start, len(mine))
+    if which not in entry.checksums:  # others will ask for the same
+        entry.checksums[which] = checksum(found)
     said = {"first": chosen.start, "n_own": len(slots), "n_slots": len(layout.partition)}
+    said["crc32c"] = entry.checksums[which]
     return found, said, first + len(mine) >= len(part)
+
+
+def _copied(rows: list[NDArray[Any]], at: Any, n: int) -> list[pa.Buffer]:
+    """Some rows per hook, in memory that is used again when the message was sent."""
+    sizes = [n * numbers.shape[1] * numbers.itemsize for numbers in rows]
+    starts = [sum(-(-size // PAGE) * PAGE for size in sizes[:i]) for i in range(len(sizes))]
+    memory = _MEMORY.take(starts[-1] + sizes[-1])
+    for numbers, start, size in zip(rows, starts, sizes, strict=True):
+        to = memory[start : start + size].view(numbers.dtype).reshape(n, numbers.shape[1])
+        if isinstance(at, slice):
+            to[...] = numbers[at]
+        else:
+            np.take(numbers, at, axis=0, out=to, mode="clip")
+    whole = pa.py_buffer(memory)
+    return [whole.slice(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def as_json(value: Any) -> pa.Buffer:

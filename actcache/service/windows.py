@@ -136,7 +136,10 @@ def _shards(served: Served, selection: Selection) -> list[int]:
 
 @dataclass(slots=True)
 class Entry:
-    """A window in memory. Whole once `layout` is there. following: the key of the window after it."""
+    """A window in memory. Whole once `layout` is there.
+
+    following  the key of the window after it.    checksums  of messages made of it, by rank, world size, first row and rows.
+    """
 
     key: Key
     following: Key
@@ -146,6 +149,7 @@ class Entry:
     layout: Layout | None = None
     n_users: int = 0
     own: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
+    checksums: dict[tuple[int, int, int, int], int] = field(default_factory=dict)
 
     def own_slots(self, rank: int, world_size: int) -> NDArray[np.int64]:
         """Slots of the window that belong to a rank, ascending."""

@@ -161,13 +161,12 @@ def message(
     slot: NDArray[np.uint32],
     layer: NDArray[np.int32],
     row: NDArray[np.int64],
-    rows: list[NDArray[Any]],
+    rows: list[pa.Buffer],
 ) -> pa.RecordBatch:
-    """One message. rows: per hook, [n, columns] contiguous; nothing is copied."""
+    """One message. rows: per hook; nothing is copied."""
     columns: list[pa.Array] = [pa.array(slot), pa.array(layer), pa.array(row)]
     for numbers, field in zip(rows, list(schema)[3:], strict=True):
-        buffers = [None, pa.py_buffer(numbers)]
-        columns.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(numbers), buffers))
+        columns.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(slot), [None, numbers]))
     return pa.record_batch(columns, schema=schema)
 
 

@@ -168,6 +168,13 @@ def test_a_run_may_change_between_disk_and_service_at_any_batch(given_store, dat
             served.stop()
 
 
+def test_a_rank_without_rows_in_a_window_gets_none(truth, remote):
+    """Windows of a chunk of one partition each: seven ranks of eight have nothing there."""
+    options = {"batch_size": 5, "window_rows": 1, "world_size": 8, "rank": 3, "partitions": 8}
+    with actcache.open(truth.root).stream(**options) as local, remote.stream(**options) as stream:
+        assert same(rows_in(stream), rows_in(local))
+
+
 def test_three_trainers_with_two_ranks_each_get_what_they_would_get_locally(truth, server):
     """At once, from one service; what the ranks of one share is decoded once."""
     before, results, errors = server.status(), {}, []
@@ -497,7 +504,7 @@ def test_damage_is_named_without_a_path_of_the_server(serve, tmp_path):
 
 
 def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch):
-    monkeypatch.setattr(rows_module, "checksum", lambda batch: wire.checksum(batch) ^ 1)
+    monkeypatch.setattr(received_module, "checksum", lambda batch: wire.checksum(batch) ^ 1)
     with remote.stream(**SMALL) as stream, pytest.raises(DamageError, match="altered on the way"):
         next(iter(stream))
 

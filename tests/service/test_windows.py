@@ -5,10 +5,13 @@ import threading
 from collections.abc import Iterable
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import actcache
 from actcache.service import followers as followers_module
+from actcache.service import memory as memory_module
+from actcache.service.memory import PAGE, Memory
 from actcache.service.shelf import Served, Shelf
 from actcache.service.windows import Order, WindowCache
 from tests.service.conftest import Time
@@ -47,6 +50,22 @@ class Following:
         cache.prepare(self.order, epoch, number + 1)
         self.at = next(self._left, None)
         return True
+
+
+def test_memory_of_messages_is_used_again_once_nothing_refers_to_it():
+    memory = Memory()
+    first = memory.take(5000)
+    sent = pa.py_buffer(first).slice(100, 50)
+    address = first.ctypes.data
+    assert address % PAGE == 0
+    del first
+    other = memory.take(5000)
+    assert other.ctypes.data != address, "a message still refers to it"
+    del sent
+    assert memory.take(4000).ctypes.data == address
+    many = [memory.take(10) for _ in range(memory_module._MOST_FREE + 3)]
+    del many
+    assert len(memory._free) == memory_module._MOST_FREE
 
 
 @pytest.fixture
