@@ -1,6 +1,6 @@
 """What travels between a service and its clients: requests as JSON, rows as Arrow record batches, errors by kind.
 
-    DoGet(ticket)          rows of one window, of one rank, in several parts at once: messages of about 2 MB
+    DoGet(ticket)          rows of one window, of one rank, or a part of them: messages of about 2 MB
     DoAction(name, JSON)   objects of a store, its live files, health, status, metrics
     GetFlightInfo(path)    what a store holds; GetFlightInfo(command): the tickets of an epoch
 
