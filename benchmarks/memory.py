@@ -2,16 +2,21 @@
 
     python benchmarks/memory.py --work /tmp/memory --out benchmarks/results/memory.json
 
-Streams a 10 GB store of made-up rows (codec none) once per bound, each in a process of its own. Linux only.
+Streams a 10 GB store of made-up rows (codec none) once per bound, each in a process of its own: the smallest bound that is
+accepted, and a roomy one. Linux only.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from synthetic import make_store
+
+import actcache
+from actcache.errors import MemoryBoundError
 
 CHILD = """
 import sys, torch, actcache
@@ -29,6 +34,15 @@ print(before, kib("VmHWM"))
 """
 
 
+def least(path: Path) -> int:
+    """The smallest bound that the stream accepts."""
+    try:
+        actcache.open(path).stream(batch_size=8192, memory=1, threads=2)
+    except MemoryBoundError as error:
+        return int(re.search(r"take ([\d,]+) bytes", str(error))[1].replace(",", ""))
+    raise AssertionError("a bound of one byte was accepted")
+
+
 def main() -> None:
     """Measure and print; write one JSON file."""
     parser = argparse.ArgumentParser(
@@ -42,7 +56,7 @@ def main() -> None:
         arguments.work / "ten.zarr", n_tokens=arguments.tokens, n_layers=4, width=512, codec="none"
     )
     results = []
-    for bound in (320 << 20, 512 << 20):
+    for bound in (least(path), 512 << 20):
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(path), str(bound)], capture_output=True, text=True, check=True
         )

@@ -2,8 +2,8 @@
 
     python benchmarks/stream.py --work /tmp/stream --out benchmarks/results/stream.json
 
-Each round takes every method once, in turn; medians over rounds. One reading thread, page cache warm, unless said
-otherwise. A store of made-up bfloat16 rows (0.54 GB decoded, 4 layers, width 512, chunks of 256 rows) per codec; `--codec`
+Each round takes every method once, in turn; medians over rounds. One reading thread, page cache warm (each
+round begins with the files read from front to back), unless said otherwise. A store of made-up bfloat16 rows (0.54 GB decoded, 4 layers, width 512, chunks of 256 rows) per codec; `--codec`
 measures one and leaves the others in the result as they are. Other projects' loaders: benchmarks/loaders.py.
 
     memcpy            one thread copying the same number of bytes
@@ -12,7 +12,7 @@ measures one and leaves the others in the result as they are. Other projects' lo
     stream            ours, batches of 8,192 rows (crc32c compared, shuffled, provenance kept)
     stream cold       ours, after the system was asked to forget the files
     disk              the shard files from front to back, forgotten before, 8 MiB at a time
-    one layer cold    ours, one layer of four, forgotten before
+    one layer cold    ours, one layer of four, forgotten before; after all rounds, so that no other stream reads meanwhile
     zarr-python       the same chunks in the same random order, one at a time
     zarrs             the same, through its codec pipeline (zarr-python asks, zarrs reads and decodes)
     tensorstore       likewise
@@ -40,7 +40,7 @@ from synthetic import make_store
 
 import actcache
 from actcache.reader.bench import device_read_bytes
-from actcache.reader.scatter import compiled
+from actcache.reader.compiled import compiled
 from actcache.store.codec import CRC_BYTES
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
@@ -111,7 +111,14 @@ class Case:
         return self.ceiling(scatter=True)
 
     def stream_warm(self) -> int:
-        return sum(next(self.batches).rows.nbytes for _ in range(N_BYTES // (8192 * WIDTH * 2)))
+        n_bytes = sum(next(self.batches).rows.nbytes for _ in range(N_BYTES // (8192 * WIDTH * 2)))
+        self.settle()
+        return n_bytes
+
+    def settle(self) -> None:
+        """Wait for what the stream reads ahead: as many windows as were there at the beginning, and nobody else's work."""
+        for fill in list(self.stream._filling._fills.values()):
+            fill.wait()
 
     def forget(self) -> None:
         for shard in self.capture.committed():
@@ -123,8 +130,8 @@ class Case:
     def stream_cold(self) -> int:
         """A whole epoch of which nothing was read before."""
         self.stream.set_epoch(self.stream.state_dict()["epoch"] + 1)
-        self.batches = iter(self.stream)
         self.forget()
+        self.batches = iter(self.stream)
         return self.stream_warm()
 
     def disk(self, *, is_cold: bool = True) -> int:
@@ -195,6 +202,14 @@ class Case:
         return total
 
 
+def timed(method: Callable[[], int]) -> tuple[float, float]:
+    """GB a second, and a CPU second."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    n_bytes = method()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return n_bytes / wall / 1e9, n_bytes / max(cpu, 1e-9) / 1e9
+
+
 def measure(case: Case, codec: str, rounds: int) -> dict[str, Any]:
     """Medians of interleaved rounds, their ratios, and every single measurement."""
     methods: dict[str, Callable[[], int]] = {
@@ -209,7 +224,6 @@ def measure(case: Case, codec: str, rounds: int) -> dict[str, Any]:
         "memmap": case.memmap,
         "disk": case.disk,
         "stream cold": case.stream_cold,
-        "one layer cold": case.one_layer_cold,
     }
     if codec == "uint8":  # others read codes
         methods = {n: m for n, m in methods.items() if n not in ("zarr-python", "zarrs", "tensorstore")}
@@ -217,14 +231,12 @@ def measure(case: Case, codec: str, rounds: int) -> dict[str, Any]:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     for method in methods.values():  # the first time touches memory
         method()
-    case.shares = {name: [] for name in case.shares}
     for _ in range(rounds):
-        case.disk(is_cold=False)
+        case.disk()
         for name, method in methods.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            n_bytes = method()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            found[name].append((n_bytes / wall / 1e9, n_bytes / max(cpu, 1e-9) / 1e9))
+            found[name].append(timed(method))
+    case.stream.close()
+    found["one layer cold"] = [timed(case.one_layer_cold) for _ in range(rounds)]
     median = {
         n: tuple(statistics.median(v[i] for v in values) for i in (0, 1)) for n, values in found.items()
     }
@@ -283,7 +295,6 @@ def main() -> None:
         )
         case = Case(path, raw)
         found = measure(case, codec, arguments.rounds)
-        case.stream.close()
         report["codecs"][codec] = found
         print(codec, json.dumps({k: v for k, v in found.items() if k != "raw"}, indent=1), flush=True)
         if arguments.out:

@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actcache.reader.layout import Piece
-from actcache.reader.scatter import aligned_empty, scatter
+from actcache.reader.scatter import Target, aligned_empty
 from actcache.store.quantise import Quantised
 
 
 class Decoded(Protocol):
     """The chunks of a job by their number in it, each to be asked for once, in order, and used before the next."""
+
+    def bring(self, target: Target) -> int:
+        """Bring the rows of the first ones to their slots; says of how many. The others are to be asked for."""
+        ...
 
     def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
         """Rows [r, d]: in `out` where they had to be decoded."""
@@ -53,7 +57,7 @@ class Window(Protocol):
     tensors: list[Tensor]
 
     def land(self, job: Sequence[Piece], decoded: Decoded) -> None:
-        """Bring the rows of some chunks to their slots; called by several threads."""
+        """Bring the rows of some chunks of one lane's buffer and columns to their slots; called by several threads."""
         ...
 
     def carry(self, left: list[Tensor]) -> None:
@@ -137,12 +141,12 @@ class HostWindow:
         views, scratch = self._views, None
         if views is None:
             return
-        for i, source in enumerate(job):
+        (_, width), lane = job[0].reader.shape, job[0].lane
+        target = Target(views[lane.buffer][self._head :, lane.column : lane.column + width])
+        n_brought = decoded.bring(target)
+        for i, source in enumerate(job[n_brought:], n_brought):
             rows = decoded.rows_of(i, scratch)
-            lane, target = source.lane, views[source.lane.buffer][self._head :]
-            if rows.shape[1] != target.shape[1]:
-                target = target[:, lane.column : lane.column + rows.shape[1]]
-            scatter(target, source.slots, rows, source.chosen)
+            target.put(source.slots, rows, source.chosen)
             scratch = rows if rows.flags.writeable else None
 
     def carry(self, left: list[Tensor]) -> None:

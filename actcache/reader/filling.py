@@ -83,7 +83,7 @@ class Filling:
         self.shapes = self._shapes()
         self.windows, self.courier = place(self.shapes, chunk, delivery, fetches=bool(self._io_threads))
         files = captures[0].files
-        self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES)
+        self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES, is_random=True)
         self._fills: dict[tuple[int, int], Filled] = {}
         self._awaited: Filled | None = None
         self._taken = (0, -1)

@@ -131,29 +131,33 @@ def lay_out(
     is_mine   [P] which partitions this rank reads.
     """
     starts = np.cumsum(counts) - counts
-    within = (
-        np.arange(counts.sum()) - np.repeat(starts, counts)
-        if selected is None
-        else np.concatenate([counts[:0], *selected])
-    )
-    own_before = np.concatenate([[0], np.cumsum(is_mine[arrangement.partition])])
-    is_own = is_mine[members.partition]
-    own_slot = own_before[arrangement.slot]  # of rows of others it means nothing
-    of_own = slice(None) if is_own.all() else np.flatnonzero(np.repeat(is_own, counts))
+    is_own, of_own = is_mine[members.partition], slice(None)
+    if is_own.all():
+        own_before, own_slot = np.arange(len(arrangement.slot) + 1), arrangement.slot
+    else:
+        own_before = np.concatenate([[0], np.cumsum(is_mine[arrangement.partition])])
+        own_slot = own_before[arrangement.slot]  # of rows of others it means nothing
+        of_own = np.flatnonzero(np.repeat(is_own, counts))
     out_layer, out_row = np.empty((2, int(own_before[-1])), np.int64)
     out_layer[own_slot[of_own]] = np.repeat(places.layer, counts)[of_own]
-    out_row[own_slot[of_own]] = (np.repeat(places.first_row, counts) + within)[of_own]
+    rows = np.repeat(places.first_row - (starts if selected is None else 0), counts)
+    rows += np.arange(len(rows)) if selected is None else np.concatenate([counts[:0], *selected])
+    out_row[own_slot[of_own]] = rows[of_own]
+    mine = np.flatnonzero(is_own & (counts > 0))
+    columns = [mine, members.layer_i[mine], places.shard[mine], places.chunk[mine], starts[mine]]
+    columns.append(columns[-1] + counts[mine])
+    work = list(zip(*(column.tolist() for column in columns), strict=True))
     sources = [
         Source(
-            readers(lane.buffer, int(places.shard[m])),
+            readers(lane.buffer, shard),
             lane,
-            int(places.chunk[m]),
-            own_slot[starts[m] : starts[m] + counts[m]],
+            chunk,
+            own_slot[start:stop],
             None if selected is None else selected[m],
         )
         for j in range(len(lanes[0]))
-        for m in np.flatnonzero(is_own & (counts > 0)).tolist()
-        for lane in [lanes[members.layer_i[m]][j]]
+        for m, layer_i, shard, chunk, start, stop in work
+        for lane in [lanes[layer_i][j]]
     ]
     return Layout(sources, out_layer, out_row, own_before, arrangement.partition)
 
@@ -171,12 +175,12 @@ def handfuls(sources: list[Source], size: int) -> list[tuple[int, list[Source]]]
 
 
 def by_request(sources: Iterable[Source]) -> list[list[Source]]:
-    """Sources whose chunks lie side by side in one object, to be fetched in one request each."""
-    of_shard: dict[int, list[Source]] = {}
+    """Sources whose chunks lie side by side in one object, to be fetched in one request each; of one lane's buffer and columns."""
+    together: dict[tuple[int, ...], list[Source]] = {}
     for source in sources:
-        of_shard.setdefault(id(source.reader), []).append(source)
+        together.setdefault((id(source.reader), *source.lane[::2]), []).append(source)
     return [
         [found[i] for i in parts]
-        for found in of_shard.values()
+        for found in together.values()
         for parts in found[0].reader.requests([source.at for source in found])
     ]

@@ -9,14 +9,19 @@
 Threads, memory, read-ahead, ranks and restarts appear nowhere here, so they cannot change it.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.reader.compiled import compiled, permuted
 from actcache.store import keyed
 
 I64 = NDArray[np.int64]
+
+_BLOCK_RUNS = 4096
+"""Of a layer, looked up at a time."""
 
 
 class ChunkList(NamedTuple):
@@ -93,6 +98,7 @@ class GlobalOrder:
     ) -> None:
         self.runs, self.n_layers, self.groups, self.partitions = runs, n_layers, groups, partitions
         self._key = keyed.derive(seed, "global", epoch)
+        self._block = (-1, np.empty((n_layers, 0), np.int64))
 
     @property
     def most_runs(self) -> int:
@@ -106,12 +112,24 @@ class GlobalOrder:
 
     def members(self, window: int) -> Members:
         """Which chunks a window holds, and who reads each."""
-        n_runs = len(self.runs)
-        places = np.arange(window * n_runs // self.n_windows, (window + 1) * n_runs // self.n_windows)
-        keys = [keyed.derive(self._key, "chunk", layer_i) for layer_i in range(self.n_layers)]
-        chosen = keyed.feistel_each(keys, np.tile(places, (self.n_layers, 1)), n_runs)
-        layer_i = np.repeat(np.arange(self.n_layers, dtype=np.int64), len(places))
+        per_block = max(1, _BLOCK_RUNS // self.groups)
+        first = window // per_block * per_block
+        start, end = (self._first_place(w) - self._first_place(first) for w in (window, window + 1))
+        block = self._block
+        if block[0] != first:
+            self._block = block = (first, self._choose(first, min(first + per_block, self.n_windows)))
+        chosen = block[1][:, start:end]
+        layer_i = np.repeat(np.arange(self.n_layers, dtype=np.int64), chosen.shape[1])
         return _members(self.runs, layer_i, chosen.reshape(-1), self._key, window, self.partitions)
+
+    def _first_place(self, window: int) -> int:
+        return window * len(self.runs) // self.n_windows
+
+    def _choose(self, first: int, end: int) -> I64:
+        """[layer, places] runs of some windows, one after the other: together they cost little more than one."""
+        places = np.arange(self._first_place(first), self._first_place(end))
+        keys = [keyed.derive(self._key, "chunk", layer_i) for layer_i in range(self.n_layers)]
+        return keyed.feistel_each(keys, np.tile(places, (self.n_layers, 1)), len(self.runs))
 
     def key_of(self, window: int) -> int:
         """The key under which the rows of a window are permuted."""
@@ -208,31 +226,40 @@ class Arrangement(NamedTuple):
 
 
 def arrange(key: int, n_rows: I64, partition: I64, partitions: int) -> Arrangement:
-    """Permute the rows of each partition and merge the partitions by virtual time. O(n log n), no Python per row."""
-    total, starts = int(n_rows.sum()), np.cumsum(n_rows) - n_rows
-    # Hash in the upper bits, row number below: unique keys, so any sort gives the same answer.
-    row_bits = np.uint64(max(1, total.bit_length()))
-    hash_shift = row_bits + np.uint64(max(1, partitions.bit_length()))
-    number = np.arange(total, dtype=np.uint64)
-    keys = keyed.hash_u64(key, number)
-    keys >>= hash_shift
-    keys <<= row_bits
-    keys |= number
-    dealt = np.argsort(partition, kind="stable")
-    own = np.concatenate([keys[:0], *(keys[starts[m] : starts[m] + n_rows[m]] for m in dealt)])
+    """Permute the rows of each partition and merge the partitions by virtual time. No Python per row."""
+    total = int(n_rows.sum())
     counts = np.zeros(partitions, np.int64)
     np.add.at(counts, partition, n_rows)
-    ends = np.cumsum(counts)
-    times = []
-    for end, n in zip(ends.tolist(), counts.tolist(), strict=True):
-        own[end - n : end].sort()
-        times.append(np.arange(1, 2 * n, 2) / (2 * max(1, n)))
-    own &= (np.uint64(1) << row_bits) - np.uint64(1)
+    merge, loops = _merge(tuple(counts.tolist())), compiled()
+    # Partition, hash, row number, from the upper bits down: unique, so any sort gives the same answer.
+    row_bits, partition_bits = max(1, total.bit_length()), max(1, partitions.bit_length())
+    if loops is not None:
+        slot = permuted(loops, key, n_rows, partition, (row_bits, partition_bits), merge.slot)
+        return Arrangement(slot, merge.partition)
+    number = np.arange(total, dtype=np.uint64)
+    keys = keyed.hash_u64(key, number)
+    keys >>= np.uint64(row_bits + partition_bits)
+    keys <<= np.uint64(row_bits)
+    keys |= number
+    keys |= np.repeat(partition.astype(np.uint64) << np.uint64(64 - partition_bits), n_rows)
+    keys.sort()
+    keys &= np.uint64((1 << row_bits) - 1)
+    slot = np.empty(total, dtype=np.int64)
+    slot[keys.view(np.int64)] = merge.slot
+    return Arrangement(slot, merge.partition)
+
+
+@lru_cache(maxsize=4)
+def _merge(counts: tuple[int, ...]) -> Arrangement:
+    """Partitions of so many rows merged by virtual time: the slot of each row of each, and whose each slot is. Read-only."""
+    times = [np.arange(1, 2 * n, 2) / (2 * max(1, n)) for n in counts]
     # Equal times stay in the order of their partitions.
     merged = np.argsort(np.concatenate(times), kind="stable")
-    slot = np.empty(total, dtype=np.int64)
-    slot[own.astype(np.int64)[merged]] = np.arange(total)
-    return Arrangement(slot, np.repeat(np.arange(partitions, dtype=np.int16), counts)[merged])
+    slot = np.empty(len(merged), np.int64)
+    slot[merged] = np.arange(len(merged))
+    partition = np.repeat(np.arange(len(counts), dtype=np.int16), counts)[merged]
+    slot.flags.writeable = partition.flags.writeable = False
+    return Arrangement(slot, partition)
 
 
 def steps_of(window_rows: int, n_layers: int, rows_per_chunk: int, most_chunks: int) -> int:

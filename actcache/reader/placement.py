@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from actcache.errors import MemoryBoundError
 from actcache.reader.buffers import FEWEST_WINDOWS, MOST_WINDOWS, HostWindows, Shape, Windows
+from actcache.reader.compiled import compiled
 from actcache.reader.courier import Courier, pinned_allocator
 from actcache.reader.device import Chunk, DeviceWindows, Staging
 from actcache.reader.selection import Delivery
@@ -15,6 +16,8 @@ FETCHED_BYTES = 64 << 20
 """What may have come from object storage and not be decoded yet."""
 _ORDER_BYTES_PER_ROW = 160
 """Of a window: while it is laid out, and what is kept of two."""
+_COMPILER_BYTES = 72 << 20
+"""Of the compiler behind `compiled`, which stays in memory once it was used (68 MB measured)."""
 _DEVICE_SHARE = 10
 
 
@@ -38,6 +41,7 @@ def place(
     """
     side = side or open_side(delivery.device)
     besides = shapes[0].n_rows * _ORDER_BYTES_PER_ROW + (FETCHED_BYTES if fetches else 0)
+    besides += 0 if compiled() is None else _COMPILER_BYTES
     window_bytes = sum(shape.n_bytes for shape in shapes)
     if side is not None:
         staging = Staging(side, chunk, max(1, JOB_BYTES // chunk.n_bytes))

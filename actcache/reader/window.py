@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from actcache.errors import ActcacheError, UnreachableError
 from actcache.reader.buffers import Window
 from actcache.reader.counters import Counters
+from actcache.reader.direct import bring
 from actcache.reader.layout import Layout, Source, by_request, handfuls
+from actcache.reader.scatter import Target
 from actcache.store.local import LocalFiles
 from actcache.store.quantise import Quantised
 
@@ -27,6 +29,8 @@ _LIVENESS_S = 5.0
 _STALLED_S = 300.0
 """Longer than any request to object storage is tried."""
 _READ_AHEAD_BYTES = 16 << 20
+_WARM_BYTES_PER_S = 20e9
+"""Having bytes read takes longer than this when they are not in memory, by far, and not as long when they are."""
 
 Body = bytes | memoryview
 T = TypeVar("T")
@@ -117,7 +121,7 @@ class Fill:
         self.error: BaseException | None = None
         self._layout: Layout | None = None
         self._pool, self._counters = pool, counters
-        self.files, self._fetching = files, fetching
+        self.files, self._fetching, self._is_warm = files, fetching, False
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._n_jobs = 0
@@ -168,9 +172,14 @@ class Fill:
             self._finish()
 
     def _will_need(self, sources: list[Source]) -> None:
-        if self.files is not None:
-            for source in sources:
-                source.reader.will_need(*source.at, self.files)
+        """Have chunks read before they are asked for. While the last ones were in memory already, only one is asked for."""
+        if self.files is None or not sources:
+            return
+        n_bytes, begun = 0, perf_counter()
+        for source in sources[:1] if self._is_warm else sources:
+            source.reader.will_need(*source.at, self.files)
+            n_bytes += source.reader.n_bytes(*source.at)
+        self._is_warm = (perf_counter() - begun) * _WARM_BYTES_PER_S < n_bytes
 
     def _fetch(self, job: list[Source], room: Room) -> None:
         """What one request brings, on a thread that may wait."""
@@ -270,6 +279,27 @@ class _Decoding:
         self.read_s = self.decode_s = 0.0
         self._read_bytes = self._row_bytes = 0
 
+    def bring(self, target: Target) -> int:
+        """Chunks that need no decoding, by a compiled loop where there is one."""
+        direct = None if target.loops is None else target.loops.direct
+        if direct is None or self._bodies is not None or self._fill.files is None:
+            return 0
+        if self._fill.error is not None:
+            raise _Stopped
+        begun = perf_counter()
+        self._fill.reading[threading.get_ident()] = self._job[0].reader.key
+        found = bring(self._job, target, self._fill.files, direct)
+        took = perf_counter() - begun
+        self.read_s += took * found.read
+        self.decode_s += took * found.decode
+        for source in self._job[: found.n_chunks]:
+            self._count(source)
+        return found.n_chunks
+
+    def _count(self, source: Source) -> None:
+        self._read_bytes += source.reader.n_bytes(*source.at)
+        self._row_bytes += len(source.slots) * source.reader.row_bytes
+
     def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
         """Rows [r, d] of a chunk: in `out` where they had to be decoded."""
         return self._timed(number, lambda source, body: source.reader.decode(*source.at, body, out))
@@ -291,8 +321,7 @@ class _Decoding:
         found = decode(source, body)
         self.read_s += loaded - begun
         self.decode_s += perf_counter() - loaded
-        self._read_bytes += source.reader.n_bytes(*source.at)
-        self._row_bytes += len(source.slots) * source.reader.row_bytes
+        self._count(source)
         return found
 
     def sums(self) -> dict[str, float]:

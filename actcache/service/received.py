@@ -14,6 +14,7 @@ from actcache.errors import ActcacheError, DamageError
 from actcache.reader.buffers import Window
 from actcache.reader.counters import Counters
 from actcache.reader.layout import Lane, Layout
+from actcache.reader.scatter import Target
 from actcache.reader.selection import Delivery, Selection
 from actcache.service.link import Hold, Link
 from actcache.service.wire import (
@@ -58,6 +59,10 @@ class _Received:
 
     def __init__(self, rows: NDArray[Any], per_part: int) -> None:
         self._rows, self._per_part = rows, per_part
+
+    def bring(self, target: Target) -> int:  # noqa: ARG002 - nothing is read here
+        """None."""
+        return 0
 
     def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
         """Rows of a part, where they were received; or in `out`."""

@@ -139,6 +139,7 @@ class ShardReader:
         """Of the rows that are handed out: bfloat16 is its bits."""
         self.row_bytes = shape[1] * self.dtype.itemsize
         self._offset, self._stored = chunks.offset, chunks.stored
+        self._is_plain = codec.name == "none" and quantised is None
         self._on_missing = on_missing
 
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -159,10 +160,10 @@ class ShardReader:
 
     def n_bytes(self, layer_i: int, chunk: int) -> int:
         """Bytes of a chunk (and, where it is quantised, of the block behind it) without the last trailer."""
-        return int(self._stored[layer_i, chunk]) - CRC_BYTES
+        return self._stored.item(layer_i, chunk) - CRC_BYTES
 
     def _range(self, layer_i: int, chunk: int) -> tuple[int, int]:
-        return int(self._offset[layer_i, chunk]), self.n_bytes(layer_i, chunk)
+        return self._offset.item(layer_i, chunk), self._stored.item(layer_i, chunk) - CRC_BYTES
 
     def fetch(self, wanted: Sequence[tuple[int, int]], *, fresh: bool = False) -> list[bytes | memoryview]:
         """Bytes of chunks (layer index, chunk) from object storage, not yet compared with anything: for `decode`."""
@@ -233,9 +234,16 @@ class ShardReader:
         except ValueError as error:
             raise chunk_damage(self.key, layer_i, chunk, f"cannot be decoded: {error}") from error
 
+    def as_is(self, layer_i: int, chunk: int) -> tuple[int, int, int] | None:
+        """First byte, bytes and crc32c of a chunk that is stored as it is handed out; None: it has to be decoded."""
+        start, n_bytes = self._range(layer_i, chunk)
+        if not self._is_plain or n_bytes != self._codec.n_bytes:
+            return None
+        return start, n_bytes, self.chunks.crc.item(layer_i, chunk)
+
     def will_need(self, layer_i: int, chunk: int, files: LocalFiles) -> None:
         """Tell the operating system that a chunk will be read soon; does nothing where there is no way to."""
-        files.will_need(self.key, int(self._offset[layer_i, chunk]), int(self._stored[layer_i, chunk]))
+        files.will_need(self.key, self._offset.item(layer_i, chunk), self._stored.item(layer_i, chunk))
 
 
 def chunk_problem(chunks: Chunks, at: tuple[int, int], data: memoryview) -> str | None:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -108,6 +109,18 @@ def test_pairs_of_hooks_and_ranks(truth, late, place, stack):
         expected = everything(stream)
     late(LateSide())
     with stream_on(truth, **options, **place) as stream:
+        assert_same(everything(stream), expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_layers_fetched_together_land_in_their_own_columns(tmp_path, late, place):
+    """The last chunk of a layer lies beside the first one of the next: here each layer of a shard is one chunk."""
+    truth = write_store(tmp_path / "s.zarr", rows_per_chunk=32, width=8, n_holdout_shards=0)
+    fsspec.filesystem("memory").put(str(truth.root), "memory://stacked", recursive=True)
+    with stream_on(truth, stack="feature", device="cpu") as stream:
+        expected = everything(stream)
+    late(LateSide())
+    with actcache.open("memory://stacked").stream(**SMALL, stack="feature", device="cuda", **place) as stream:
         assert_same(everything(stream), expected)
 
 

@@ -1,0 +1,56 @@
+"""Chunks that are stored as they are: from a file to their slots in one compiled call for many.
+
+Python is asked once for a job, not several times for each chunk, and other threads run meanwhile. Whatever is not as it
+should be ends the call: the chunk it ended at goes the ordinary way, which knows what to make of it.
+"""
+
+from collections.abc import Sequence
+from ctypes import addressof, c_char
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from actcache.reader.compiled import Direct
+from actcache.reader.layout import Source
+from actcache.reader.scatter import Target
+from actcache.store.local import LocalFiles, lead
+
+
+class Brought(NamedTuple):
+    """What a call did: chunks, and which shares of its time went into reading, comparing and scattering them."""
+
+    n_chunks: int
+    read: float
+    decode: float
+    scatter: float
+
+
+def bring(job: Sequence[Source], target: Target, files: LocalFiles, direct: Direct) -> Brought:
+    """The first chunks of a job to their slots, as far as they come."""
+    work, held = [], []
+    for source in job:
+        found = source.reader.as_is(*source.at)
+        if found is None:
+            break
+        try:
+            file = files.file(source.reader.key)
+        except FileNotFoundError:
+            break
+        held.append(file)
+        start, n_bytes, crc = found
+        slots: Any = source.slots
+        address = addressof(c_char.from_buffer(slots))  # takes half as long as `slots.ctypes.data`
+        chosen = 0 if source.chosen is None else source.chosen.ctypes.data
+        work.append((file.fd, start, n_bytes, crc, address, chosen, len(source.slots), lead(start)))
+    if not work:
+        return Brought(0, 0.0, 0.0, 0.0)
+    memory, jobs, cycles = files.memory(work[0][2]), np.array(work), np.zeros(3, np.int64)
+    n = direct.bring(
+        jobs.ctypes.data,
+        len(work),
+        memory.address,
+        *target.place,
+        direct.shift.ctypes.data,
+        cycles.ctypes.data,
+    )
+    return Brought(n, *(cycles / max(1, cycles.sum())).tolist())
