@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actcache.reader.layout import Piece
+from actcache.reader.layout import Kind, Piece
 from actcache.reader.scatter import Target, aligned_empty
 from actcache.store.quantise import Quantised
 
@@ -23,7 +23,7 @@ class Decoded(Protocol):
         ...
 
     def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
-        """Rows [r, d]: in `out` where they had to be decoded."""
+        """Rows [r, d]: in `out`, which the next one may overwrite, where they had to be decoded."""
         ...
 
     def codes_of(self, number: int) -> Quantised:
@@ -31,6 +31,7 @@ class Decoded(Protocol):
         ...
 
 
+_memory = threading.local()
 MOST_WINDOWS = 3
 FEWEST_WINDOWS = 2
 
@@ -138,16 +139,24 @@ class HostWindow:
 
     def land(self, job: Sequence[Piece], decoded: Decoded) -> None:
         """Scatter each chunk as it is decoded: its rows are still in the processor's cache."""
-        views, scratch = self._views, None
+        views = self._views
         if views is None:
             return
-        (_, width), lane = job[0].reader.shape, job[0].lane
-        target = Target(views[lane.buffer][self._head :, lane.column : lane.column + width])
+        kind, lane = job[0].reader, job[0].lane
+        target = Target(views[lane.buffer][self._head :, lane.column : lane.column + kind.shape[1]])
         n_brought = decoded.bring(target)
+        if n_brought == len(job):
+            return
+        scratch = self._scratch(kind)
         for i, source in enumerate(job[n_brought:], n_brought):
-            rows = decoded.rows_of(i, scratch)
-            target.put(source.slots, rows, source.chosen)
-            scratch = rows if rows.flags.writeable else None
+            target.put(source.slots, decoded.rows_of(i, scratch), source.chosen)
+
+    def _scratch(self, kind: Kind) -> NDArray[Any]:
+        """Memory of this thread for a decoded chunk, which begins at a cache line: rows are loaded a line at a time."""
+        found = getattr(_memory, "chunk", None)
+        if found is None or (found.shape, found.dtype) != (kind.shape, kind.dtype):
+            found = _memory.chunk = aligned_empty(kind.shape, kind.dtype)
+        return found
 
     def carry(self, left: list[Tensor]) -> None:
         """Copy rows into the spare ones in front."""

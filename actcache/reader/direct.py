@@ -5,14 +5,13 @@ should be ends the call: the chunk it ended at goes the ordinary way, which know
 """
 
 from collections.abc import Sequence
-from ctypes import addressof, c_char
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from actcache.reader.compiled import Direct
 from actcache.reader.layout import Source
-from actcache.reader.scatter import Target
+from actcache.reader.scatter import Target, address
 from actcache.store.local import LocalFiles, lead
 
 
@@ -38,10 +37,9 @@ def bring(job: Sequence[Source], target: Target, files: LocalFiles, direct: Dire
             break
         held.append(file)
         start, n_bytes, crc = found
-        slots: Any = source.slots
-        address = addressof(c_char.from_buffer(slots))  # takes half as long as `slots.ctypes.data`
-        chosen = 0 if source.chosen is None else source.chosen.ctypes.data
-        work.append((file.fd, start, n_bytes, crc, address, chosen, len(source.slots), lead(start)))
+        slots, chosen = source.slots, source.chosen
+        of_chosen = 0 if chosen is None else address(chosen)
+        work.append((file.fd, start, n_bytes, crc, address(slots), of_chosen, len(slots), lead(start)))
     if not work:
         return Brought(0, 0.0, 0.0, 0.0)
     memory, jobs, cycles = files.memory(work[0][2]), np.array(work), np.zeros(3, np.int64)
