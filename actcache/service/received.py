@@ -25,6 +25,7 @@ from actcache.service.wire import (
     rows_of,
     selection_json,
 )
+from actcache.store.codec import extend_crc32c
 from actcache.store.dtypes import disk_dtype
 from actcache.store.open import CaptureCatalog
 from actcache.store.quantise import Quantised
@@ -55,18 +56,23 @@ class _Part(NamedTuple):
 
 
 class _Received:
-    """The parts of a column, one after the other."""
+    """The parts of a column, one after the other.
 
-    def __init__(self, rows: NDArray[Any], per_part: int) -> None:
-        self._rows, self._per_part = rows, per_part
+    crc  of what came before them; and, once all were asked for, with them.
+    """
+
+    def __init__(self, rows: NDArray[Any], per_part: int, crc: int) -> None:
+        self._rows, self._per_part, self.crc = rows, per_part, crc
 
     def bring(self, target: Target) -> int:  # noqa: ARG002 - nothing is read here
         """None."""
         return 0
 
     def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:  # noqa: ARG002 - nothing is decoded here
-        """Rows of a part, where they were received."""
-        return self._rows[number * self._per_part : (number + 1) * self._per_part]
+        """Rows of a part, where they were received; added to the checksum, while they are in the processor's cache."""
+        found = self._rows[number * self._per_part : (number + 1) * self._per_part]
+        self.crc = extend_crc32c(found, self.crc)
+        return found
 
     def codes_of(self, number: int) -> Quantised:
         """A service sends no codes."""
@@ -138,10 +144,6 @@ class ServedFill:
         if WAITING in said:
             return
         begun = perf_counter()
-        if checksum(batch) != said["crc32c"]:
-            raise DamageError(
-                f"a message of {self._name} from {self._source.link.location} was altered on the way"
-            )
         with self._lock:
             if self._n_own < 0:
                 self._slot, self._layer, self._row = (np.empty(said["n_own"], np.int64) for _ in range(3))
@@ -153,12 +155,17 @@ class ServedFill:
             raise DamageError(f"{self._source.link.location} answers for another window than {self._name}")
         for to, column in zip((self._slot, self._layer, self._row), batch.columns[:3], strict=True):
             to[first : first + n] = column.to_numpy()
+        crc = checksum(batch.columns[:3])
         for buffer, column in enumerate(batch.columns[3:]):
-            self._land(buffer, column, first)
+            crc = self._land(buffer, column, first, crc)
+        if crc != said["crc32c"]:  # nobody is handed a window that ended with an error
+            raise DamageError(
+                f"a message of {self._name} from {self._source.link.location} was altered on the way"
+            )
         self._n_landed[part] += n
         self._counters.add(scatter_s=perf_counter() - begun, row_bytes=batch.nbytes, read_bytes=batch.nbytes)
 
-    def _land(self, buffer: int, column: pa.Array, first: int) -> None:
+    def _land(self, buffer: int, column: pa.Array, first: int, crc: int) -> int:
         dtype, per_part = self._source.dtypes[buffer], self._source.rows_per_part
         rows = rows_of(column, dtype)
         rows.flags.writeable = False
@@ -167,7 +174,9 @@ class ServedFill:
             _Part(kind, lane, np.arange(first + at, first + min(at + per_part, len(rows))))
             for at in range(0, len(rows), per_part)
         ]
-        self.window.land(parts, _Received(rows, per_part))
+        received = _Received(rows, per_part, crc)
+        self.window.land(parts, received)
+        return received.crc
 
     def cancel(self, reason: str | BaseException) -> None:
         """Stop; whoever waits gets an error."""

@@ -17,12 +17,13 @@ from actcache.service.wire import (
     MESSAGES_PER_CALL,
     WAITING,
     WindowTicket,
-    checksum,
     message,
     part_of,
 )
+from actcache.store.codec import extend_crc32c
 
 _MEMORY = Memory()
+_BLOCK_BYTES = 256 << 10
 
 _SIGN_S = 5.0
 """While a window is being decoded, a client hears of it so often."""
@@ -66,29 +67,42 @@ def _cut(
     mine = slots[chosen.start : chosen.stop]
     is_run = asked.world_size == 1 and len(mine) > 0
     at: Any = slice(int(mine[0]), int(mine[-1]) + 1) if is_run else mine
-    layer, row = layout.layer[at].astype(np.int32), layout.row[at]
-    found = message(order.schema, mine.astype(np.uint32), layer, row, _copied(entry.rows, at, len(mine)))
+    about = [mine.astype(np.uint32), layout.layer[at].astype(np.int32), layout.row[at]]
     which = (asked.rank, asked.world_size, chosen.start, len(mine))
-    if which not in entry.checksums:  # others will ask for the same
-        entry.checksums[which] = checksum(found)
+    crc = entry.checksums.get(which)  # others ask for the same
+    rows, found = _copied(entry.rows, at, len(mine), None if crc is not None else about)
+    entry.checksums[which] = found if crc is None else crc
     said = {"first": chosen.start, "n_own": len(slots), "n_slots": len(layout.partition)}
     said["crc32c"] = entry.checksums[which]
-    return found, said, first + len(mine) >= len(part)
+    return message(order.schema, *about, rows), said, first + len(mine) >= len(part)
 
 
-def _copied(rows: list[NDArray[Any]], at: Any, n: int) -> list[pa.Buffer]:
-    """Some rows per hook, in memory that is used again when the message was sent."""
+def _copied(
+    rows: list[NDArray[Any]], at: Any, n: int, about: list[NDArray[Any]] | None
+) -> tuple[list[pa.Buffer], int]:
+    """Some rows per hook, in memory that is used again when the message was sent; and the crc32c of `about` and them.
+
+    Taken a block at a time, while it is in the processor's cache. about  None: the crc32c is known, and not taken.
+    """
+    crc = 0
+    for array in about or ():
+        crc = extend_crc32c(array, crc)
     sizes = [n * numbers.shape[1] * numbers.itemsize for numbers in rows]
     starts = [sum(-(-size // PAGE) * PAGE for size in sizes[:i]) for i in range(len(sizes))]
     memory = _MEMORY.take(starts[-1] + sizes[-1])
     for numbers, start, size in zip(rows, starts, sizes, strict=True):
         to = memory[start : start + size].view(numbers.dtype).reshape(n, numbers.shape[1])
-        if isinstance(at, slice):
-            to[...] = numbers[at]
-        else:
-            np.take(numbers, at, axis=0, out=to, mode="clip")
+        per_block = max(1, _BLOCK_BYTES // max(1, to[:1].nbytes))
+        for first in range(0, n, per_block):
+            block = to[first : first + per_block]
+            if isinstance(at, slice):
+                block[...] = numbers[at.start + first :][: len(block)]
+            else:
+                np.take(numbers, at[first : first + per_block], axis=0, out=block, mode="clip")
+            if about is not None:
+                crc = extend_crc32c(block, crc)
     whole = pa.py_buffer(memory)
-    return [whole.slice(start, size) for start, size in zip(starts, sizes, strict=True)]
+    return [whole.slice(start, size) for start, size in zip(starts, sizes, strict=True)], crc
 
 
 def as_json(value: Any) -> pa.Buffer:

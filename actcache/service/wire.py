@@ -8,9 +8,9 @@ Every request names all it needs: a server that keeps nothing between two of the
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import crc32c
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from actcache import errors
 from actcache.errors import ActcacheError, UsageError
 from actcache.reader.selection import Selection
+from actcache.store.codec import extend_crc32c
 
 VERSION = 1
 MESSAGE_BYTES = 2 << 20
@@ -177,13 +178,13 @@ def rows_of(column: pa.Array, dtype: np.dtype[Any]) -> NDArray[Any]:
     return data.view(dtype).reshape(len(column), n_bytes // dtype.itemsize)
 
 
-def checksum(batch: pa.RecordBatch) -> int:
-    """crc32c over the columns of a message, one after the other: what its metadata must say."""
+def checksum(columns: Iterable[pa.Array]) -> int:
+    """crc32c over columns of a message, one after the other: what its metadata must say of all of them."""
     found = 0
-    for column in batch.columns:
+    for column in columns:
         width = column.type.byte_width
         body = memoryview(column.buffers()[1])[column.offset * width : (column.offset + len(column)) * width]
-        found = crc32c.crc32c(body, found)
+        found = extend_crc32c(body, found)
     return found
 
 

@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -503,8 +504,19 @@ def test_damage_is_named_without_a_path_of_the_server(serve, tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch):
-    monkeypatch.setattr(received_module, "checksum", lambda batch: wire.checksum(batch) ^ 1)
+@pytest.mark.parametrize("what", ["slot", "layer", "row", "first number", "last number"])
+def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch, what):
+    def altered(schema, slot, layer, row, rows):
+        number = {"slot": slot, "layer": layer, "row": row}.get(what)
+        if number is not None:
+            number[-1] ^= 1
+        else:
+            data = bytearray(rows[0])
+            data[0 if what == "first number" else -1] ^= 1
+            rows = [pa.py_buffer(data)]
+        return wire.message(schema, slot, layer, row, rows)
+
+    monkeypatch.setattr(rows_module, "message", altered)
     with remote.stream(**SMALL) as stream, pytest.raises(DamageError, match="altered on the way"):
         next(iter(stream))
 
