@@ -140,7 +140,7 @@ class HostWindow:
     def land(self, job: Sequence[Piece], decoded: Decoded) -> None:
         """Scatter each chunk as it is decoded: its rows are still in the processor's cache."""
         views = self._views
-        if views is None:
+        if views is None or not job:
             return
         kind, lane = job[0].reader, job[0].lane
         target = Target(views[lane.buffer][self._head :, lane.column : lane.column + kind.shape[1]])
