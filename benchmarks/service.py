@@ -44,6 +44,7 @@ from benchmarks.synthetic import make_store
 BATCH, WINDOW, WIDTH, LAYERS = 8192, 131_072, 768, 4
 MEMORY = 1100 << 20  # five windows: memory is used again after the first seconds, as in any long run
 ROW_BYTES = 2 * WIDTH
+BEGUN_S = 5.0  # a client runs so long before it is measured: until then its windows are in memory that nobody had yet
 
 
 # The server's process.
@@ -167,7 +168,7 @@ def several(n: int, url: str, seconds: float, pid: int) -> dict[str, float]:
 def be_a_client(url: str, seconds: float) -> None:
     """One of `several`."""
     with _stream(url, None, seed=0) as stream:
-        consume(stream, 1.0)
+        consume(stream, BEGUN_S)
         print("ready", flush=True)
         sys.stdin.readline()
         before = time.process_time()
@@ -236,13 +237,13 @@ class Bench:
 
     def _local(self, codec: str) -> None:
         with _stream(str(self.root / f"{codec}.zarr"), None) as stream:
-            consume(stream, 1.0)
+            consume(stream, BEGUN_S)
             self._note(f"{codec} local", lambda: consume(stream, self.args.seconds))
 
     def _served(self, codec: str, tls: str) -> None:
         location, pem = self.ways[tls]
         with _stream(f"{location}/{codec}.zarr", pem, seed=next(self._seeds)) as stream:
-            consume(stream, 1.0)
+            consume(stream, BEGUN_S)
             self._note(f"{codec} served{tls}", lambda: consume(stream, self.args.seconds))
 
     def _shared(self, codec: str, tls: str) -> None:
@@ -250,7 +251,7 @@ class Bench:
         with _stream(f"{location}/{codec}.zarr", pem, epochs=1) as stream:
             for _again in range(
                 2
-            ):  # fits the server's memory, once it keeps no window for clients that have just gone
+            ):  # fits the server's memory, once it keeps no window for clients that have gone
                 for _batch in stream:
                     pass
                 stream.set_epoch(0)
