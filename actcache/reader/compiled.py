@@ -17,6 +17,9 @@ from actcache.store.codec import extend_crc32c
 
 PART_BYTES = 1344
 """Of data, that crc32c in loops_x86.ll takes three of at once."""
+_MOST_BUCKET_BITS = 18
+_PER_BUCKET_BITS = 2
+"""About so many bits' worth of rows come into a bucket, where they are sorted by insertion."""
 
 
 class Direct(NamedTuple):
@@ -102,10 +105,6 @@ def _shift() -> NDArray[np.uint32]:
         for byte in range(4)
     ]
     return np.array(found, np.uint32)
-
-
-_MOST_BUCKET_BITS = 18
-_PER_BUCKET_BITS = 2
 
 
 def permuted(

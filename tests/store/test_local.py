@@ -1,12 +1,13 @@
 """Files that are kept open: no more than a bound, right under any number of threads, and gone when they are told to be."""
 
+import mmap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from actcache.store.local import LocalFiles
+from actcache.store.local import LocalFiles, lead
 
 
 def open_under(folder: Path) -> list[str]:
@@ -73,3 +74,10 @@ def test_none_is_kept_unless_asked_for(files, tmp_path):
     alone = LocalFiles(tmp_path)
     assert bytes(alone.read("f3", 1, 2)) == b"\3\3"
     assert not open_under(tmp_path)
+
+
+def test_bytes_land_at_a_cache_line_and_not_just_behind_where_they_come_from():
+    for start in [*range(200), *range(4000, 4200), 262_148, 10**12 + 7]:
+        assert lead(start) % 64 == 0
+        assert 0 <= lead(start) < mmap.PAGESIZE
+        assert 64 <= (lead(start) - start) % mmap.PAGESIZE < 128
