@@ -67,14 +67,14 @@ def _cut(
     mine = slots[chosen.start : chosen.stop]
     is_run = asked.world_size == 1 and len(mine) > 0
     at: Any = slice(int(mine[0]), int(mine[-1]) + 1) if is_run else mine
-    about = [mine.astype(np.uint32), layout.layer[at].astype(np.int32), layout.row[at]]
+    slot, layer, row = mine.astype(np.uint32), layout.layer[at].astype(np.int32), layout.row[at]
     which = (asked.rank, asked.world_size, chosen.start, len(mine))
     crc = entry.checksums.get(which)  # others ask for the same
-    rows, found = _copied(entry.rows, at, len(mine), None if crc is not None else about)
+    rows, found = _copied(entry.rows, at, len(mine), None if crc is not None else [slot, layer, row])
     entry.checksums[which] = found if crc is None else crc
     said = {"first": chosen.start, "n_own": len(slots), "n_slots": len(layout.partition)}
     said["crc32c"] = entry.checksums[which]
-    return message(order.schema, *about, rows), said, first + len(mine) >= len(part)
+    return message(order.schema, slot, layer, row, rows), said, first + len(mine) >= len(part)
 
 
 def _copied(
