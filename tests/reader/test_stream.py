@@ -115,7 +115,8 @@ def test_same_arguments_same_order_and_other_arguments_another(truth):
 
 
 @pytest.mark.parametrize(
-    "options", [{"threads": 2}, {"threads": 8}, {"memory": 12_000, "threads": 1}, {"dtype": torch.float32}]
+    "options",
+    [{"threads": 2}, {"threads": 8}, {"memory": 80_000_000, "threads": 1}, {"dtype": torch.float32}],
 )
 def test_delivery_changes_no_order(truth, options):
     with actcache.open(truth.root).stream(**SMALL, **options) as stream:

@@ -507,14 +507,15 @@ def test_damage_is_named_without_a_path_of_the_server(serve, tmp_path):
 @pytest.mark.parametrize("what", ["slot", "layer", "row", "first number", "last number"])
 def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch, what):
     def altered(schema, slot, layer, row, rows):
-        number = {"slot": slot, "layer": layer, "row": row}.get(what)
-        if number is not None:
-            number[-1] ^= 1
+        columns = {"slot": slot, "layer": layer, "row": row}
+        if what in columns:
+            columns[what] = columns[what].copy()  # the service keeps what it is given
+            columns[what][-1] ^= 1
         else:
             data = bytearray(rows[0])
             data[0 if what == "first number" else -1] ^= 1
             rows = [pa.py_buffer(data)]
-        return wire.message(schema, slot, layer, row, rows)
+        return wire.message(schema, *columns.values(), rows)
 
     monkeypatch.setattr(rows_module, "message", altered)
     with remote.stream(**SMALL) as stream, pytest.raises(DamageError, match="altered on the way"):
