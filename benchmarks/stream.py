@@ -39,8 +39,8 @@ import zarr
 from synthetic import make_store
 
 import actcache
+from actcache.loops.compiled import compiled
 from actcache.reader.bench import device_read_bytes
-from actcache.reader.compiled import compiled
 from actcache.store.codec import CRC_BYTES
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog

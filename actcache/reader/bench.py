@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import UsageError
-from actcache.reader.compiled import compiled
+from actcache.loops.compiled import compiled
 from actcache.reader.stream import Stream
 from actcache.store.dtypes import disk_dtype
 from actcache.store.objects import LocalObjects

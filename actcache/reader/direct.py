@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from actcache.reader.compiled import Direct
+from actcache.loops.compiled import Direct
 from actcache.reader.layout import Source
 from actcache.reader.scatter import Target, address
 from actcache.store.local import LocalFiles, lead

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.reader.compiled import compiled, permuted
+from actcache.loops.compiled import compiled, permuted
 from actcache.store import keyed
 
 I64 = NDArray[np.int64]

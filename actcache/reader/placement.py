@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from actcache.errors import MemoryBoundError
+from actcache.loops.compiled import compiled
 from actcache.reader.buffers import FEWEST_WINDOWS, MOST_WINDOWS, HostWindows, Shape, Windows
-from actcache.reader.compiled import compiled
 from actcache.reader.courier import Courier, pinned_allocator
 from actcache.reader.device import Chunk, DeviceWindows, Staging
 from actcache.reader.selection import Delivery

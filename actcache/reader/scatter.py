@@ -2,7 +2,7 @@
 
 A window is far larger than the caches, so an ordinary store first fetches the line it is about to overwrite. Stores that
 go around the caches ("non-temporal") do not, and the copy takes about a third of the time. NumPy has none, so the loop is
-a compiled one where there is a compiler (`actcache.reader.compiled`). Both ways write the same bytes.
+a compiled one where there is a compiler (`actcache.loops.compiled`). Both ways write the same bytes.
 """
 
 from ctypes import addressof, c_char
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.reader.compiled import compiled
+from actcache.loops.compiled import compiled
 
 ALIGNMENT = 64
 """Bytes of a cache line: what a window has to begin at, and a row to be a multiple of, for the compiled loop."""

@@ -164,26 +164,26 @@ def _lossless(chunks: Sequence[Chunk], codec: Codec) -> CodecResult:
 
 
 def _quantised(chunks: Sequence[Chunk], dtype: str) -> CodecResult:
-    def encode() -> list[tuple[Any, NDArray[Any], NDArray[np.float32]]]:
+    def encode() -> list[tuple[Any, NDArray[Any]]]:
         runs = [quantise(c.rows, 1, dtype, c.kept) for c in chunks]
-        return [(run.chunks[0], run.said, run.x) for run in runs]
+        return [(run.chunks[0], run.said) for run in runs]
 
     found, encoded = _timed(encode, chunks)
     out = np.empty(chunks[0].rows.shape, chunks[0].rows.dtype)
-    _, decoded = _timed(lambda: [dequantise(q, dtype, out) for q, _, _ in found], chunks)
+    _, decoded = _timed(lambda: [dequantise(q, dtype, out) for q, _ in found], chunks)
     width = chunks[0].rows.shape[1]
     errors: dict[int, QuantisationError] = {}
     for layer in dict.fromkeys(c.layer for c in chunks):
         kept, ordinary, squared = no_moments(width), no_moments(width), np.zeros(width)
-        for c, (q, said, _) in zip(chunks, found, strict=True):
+        for c, (q, said) in zip(chunks, found, strict=True):
             if c.layer == layer:
                 x, y = (as_float32(rows, dtype, np.empty(rows.shape, np.float32)) for rows in (c.rows, said))
-                statistics = row_statistics(y, c.kept, q.exact_rows)
+                statistics = row_statistics(y, "float32", c.kept, q.exact_rows)
                 kept, ordinary = merge(kept, statistics.moments), merge(ordinary, statistics.ordinary)
                 x[q.exact_rows], y[q.exact_rows] = 0, 0
                 squared += ((x - y)[: c.kept].astype(np.float64) ** 2).sum(0)
         errors[layer] = quantisation_error(kept, ordinary, squared)
-    sizes = list(_quantised_sizes(chunks, [q for q, _, _ in found], dtype))
+    sizes = list(_quantised_sizes(chunks, [q for q, _ in found], dtype))
     return CodecResult(_ratio(chunks, sizes), encoded, decoded, _ratio_of_layer(chunks, sizes), errors)
 
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from actcache.store.arrays import ArraySpec, is_quantised
 from actcache.store.codec import CRC_BYTES, crc32c, trailer, with_trailer
-from actcache.store.dtypes import as_float32, row_fill, scratch
+from actcache.store.dtypes import row_fill
 from actcache.store.gathered import Found, Gathered, Run
 from actcache.store.quantise import EXACT, quantise
 from actcache.store.schema import Capture
 from actcache.store.shard import Chunks
-from actcache.store.statistics import column_sums, row_statistics
+from actcache.store.statistics import row_statistics, squared_errors
 
 Parts = list[bytes | memoryview]
 
@@ -52,22 +52,17 @@ class RunEncoder:
         return self._quantise(rows, run) if self._is_quantised else self._as_it_is(rows, run)
 
     def _as_it_is(self, rows: NDArray[Any], run: Run) -> EncodedRun:
-        x = as_float32(rows, self._dtype, None if self._dtype == "float32" else scratch("rows", rows.shape))
-        encoded = EncodedRun(Found(row_statistics(x, run.n_kept), []), [], [], [])
+        encoded = EncodedRun(Found(row_statistics(rows, self._dtype, run.n_kept), []), [], [], [])
         for chunk in np.split(rows, run.n_chunks):
             self._append(encoded, *self._codec.encode(self._padded(chunk, row_fill(self._dtype))))
         return encoded
 
     def _quantise(self, rows: NDArray[Any], run: Run) -> EncodedRun:
         q = quantise(rows, run.n_chunks, self._dtype, run.n_kept)
-        y, exact_rows = as_float32(q.said, self._dtype, scratch("said", rows.shape)), q.exact_rows
-        statistics = row_statistics(y, run.n_kept, exact_rows)
-        with np.errstate(invalid="ignore"):  # rows stored exactly may hold anything
-            error = np.subtract(q.x, y, out=scratch("error", rows.shape))
-        error[exact_rows] = 0
-        error[run.n_kept :] = 0
-        squared_errors = column_sums(np.multiply(error, error, out=error))
-        encoded = EncodedRun(Found(statistics, q.chunks, squared_errors), [], [], [])
+        exact_rows, n_kept = q.exact_rows, run.n_kept
+        statistics = row_statistics(q.said, self._dtype, n_kept, exact_rows)
+        errors = squared_errors(rows[:n_kept], q.said[:n_kept], self._dtype, exact_rows[exact_rows < n_kept])
+        encoded = EncodedRun(Found(statistics, q.chunks, errors), [], [], [])
         for chunk in q.chunks:
             self._append(encoded, *self._codec.encode(self._padded(chunk.codes, EXACT)))
             block = chunk.block()

@@ -143,6 +143,6 @@ def gather(reader: ShardReader, gathered: Gathered, dtype: str) -> None:
             as_float32(rows, dtype, x[i * width : (i + 1) * width])
         exact_rows = [q.exact_rows + np.uint32(i * width) for i, q in enumerate(quantised)]
         found = row_statistics(
-            x[: run.n_rows], run.n_kept, np.concatenate(exact_rows) if exact_rows else None
+            x[: run.n_rows], "float32", run.n_kept, np.concatenate(exact_rows) if exact_rows else None
         )
         gathered.add(run, Found(found, quantised))

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.loops.of_rows import row_loops_for
 from actcache.store.dtypes import as_float32, disk_dtype, row_fill, scratch
-from actcache.store.statistics import row_norms
+from actcache.store.statistics import extremes, row_norms
 
 EXACT = 255
 """The code, in every column, of a row that is stored exactly; of rows that are not there, too."""
@@ -80,12 +81,10 @@ class QuantisedRun(NamedTuple):
 
     chunks  each of them.
     said    [k * r, d] what they are read back as, in the dtype on disk.
-    x       [k * r, d] what they were, as float32 (scratch memory).
     """
 
     chunks: list[Quantised]
     said: NDArray[Any]
-    x: F32
 
     @property
     def exact_rows(self) -> NDArray[np.uint32]:
@@ -99,27 +98,26 @@ def quantise(rows: NDArray[Any], n_chunks: int, logical: str, kept: int) -> Quan
 
     The chunks do not depend on each other. Together they take fewer and longer steps, which threads can take side by side.
     """
-    x = as_float32(rows, logical, scratch("rows", rows.shape))
-    x_krd = x.reshape(n_chunks, -1, x.shape[1])
-    fits = _ordinary(x_krd, kept)
-    scale, offset = _ranges(x_krd, fits)
-    codes = _codes(x_krd, scale, offset, kept, fits)
+    rows_krd = rows.reshape(n_chunks, -1, rows.shape[1])
+    fits = _ordinary(row_norms(rows[:kept], logical), rows_krd.shape[:2])
+    scale, offset = _ranges(rows_krd, logical, fits)
+    codes = _codes(rows_krd, logical, scale, offset, kept, fits)
     codes[~fits] = EXACT
     said = np.empty(codes.shape, disk_dtype(logical))
     _decode(codes, scale, offset, logical, said)
     chunks = []
-    for i, (of_chunk, fit) in enumerate(zip(rows.reshape(x_krd.shape), fits, strict=True)):
+    for i, (of_chunk, fit) in enumerate(zip(rows_krd, fits, strict=True)):
         exact_rows = np.flatnonzero(~fit).astype(np.uint32)
         chunks.append(Quantised(codes[i], scale[i], offset[i], exact_rows, of_chunk[exact_rows]))
         said[i, exact_rows] = chunks[i].exact
-    return QuantisedRun(chunks, said.reshape(rows.shape), x)
+    return QuantisedRun(chunks, said.reshape(rows.shape))
 
 
-def _ordinary(x_krd: F32, kept: int) -> NDArray[np.bool_]:
-    """[k, r] bool: kept rows of finite numbers within the outlier limit of their chunk."""
-    k, r, d = x_krd.shape
+def _ordinary(norms: F32, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """[k, r] bool: kept rows, of these norms, of finite numbers within the outlier limit of their chunk."""
+    k, r = shape
     norm = np.full(k * r, np.nan, np.float32)
-    norm[:kept] = row_norms(x_krd.reshape(-1, d)[:kept])
+    norm[: len(norms)] = norms
     norm = norm.reshape(k, r)
     is_usable = norm < _LARGEST  # false for NaN
     limit = np.zeros((k, 1), np.float32)
@@ -128,26 +126,33 @@ def _ordinary(x_krd: F32, kept: int) -> NDArray[np.bool_]:
     return is_usable & (norm <= limit)
 
 
-def _ranges(x_krd: F32, fits: NDArray[np.bool_]) -> tuple[F32, F32]:
+def _ranges(rows_krd: NDArray[Any], logical: str, fits: NDArray[np.bool_]) -> tuple[F32, F32]:
     """Scale and offset [k, d] with which codes 0 to 254 span the rows that fit; a column of one value has scale 0."""
-    least, greatest = np.zeros((2, len(x_krd), x_krd.shape[2]), np.float32)
-    for i, (x, fit) in enumerate(zip(x_krd, fits, strict=True)):
+    least, greatest = np.zeros((2, len(rows_krd), rows_krd.shape[2]), np.float32)
+    for i, (rows, fit) in enumerate(zip(rows_krd, fits, strict=True)):
         if fit.any():
-            ordinary = x if fit.all() else x[fit]
-            ordinary.min(0, out=least[i])
-            ordinary.max(0, out=greatest[i])
+            least[i], greatest[i] = extremes(rows if fit.all() else rows[fit], logical)
     step = ((greatest.astype(np.float64) - least) / N_STEPS).astype(np.float32)
     bits = (step.view(np.uint32) + _LOW_BITS) & ~_LOW_BITS  # up to 16 significant bits
     return np.where(greatest > least, np.maximum(bits.view(np.float32), _LEAST_SCALE), np.float32(0)), least
 
 
-def _codes(x_krd: F32, scale: F32, offset: F32, kept: int, fits: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def _codes(
+    rows_krd: NDArray[Any], logical: str, scale: F32, offset: F32, kept: int, fits: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
     """Nearest codes [k, r, d]; excluded rows within half a step of the range in every column are added to `fits`."""
-    r = x_krd.shape[1]
+    k, r, d = rows_krd.shape
     has_range = scale > 0
+    divisor, loops = np.where(has_range, scale, np.float32(1)), row_loops_for(rows_krd[0], logical)
+    if loops is not None and kept == k * r:
+        codes = np.empty(rows_krd.shape, np.uint8)
+        for rows, *arrays in zip(rows_krd, divisor, offset, codes, strict=True):
+            loops.codes(rows.ctypes.data, r, d, *(array.ctypes.data for array in arrays))
+        return codes
+    x_krd = as_float32(rows_krd, logical)
     with np.errstate(over="ignore", invalid="ignore"):
         t = np.subtract(x_krd, offset[:, None], out=scratch("codes", x_krd.shape))
-        t /= np.where(has_range, scale, np.float32(1))[:, None]
+        t /= divisor[:, None]
         for i, rest in enumerate(fits):
             first = max(0, kept - i * r)
             if first < r:
@@ -171,6 +176,11 @@ def dequantise(q: Quantised, logical: str, out: NDArray[Any] | None = None) -> N
 
 def _decode(codes: NDArray[np.uint8], scale: F32, offset: F32, logical: str, out: NDArray[Any]) -> None:
     """`out` [k, r, d] from codes and scales [k, d], whatever code 255 stands for."""
+    loops = row_loops_for(out[0], logical)
+    if loops is not None and codes.flags.c_contiguous:
+        for of_codes, *arrays in zip(codes, scale, offset, out, strict=True):
+            loops.said(of_codes.ctypes.data, *of_codes.shape, *(array.ctypes.data for array in arrays))
+        return
     x = scratch("decoded", codes.shape)
     np.copyto(x, codes)
     x *= scale[:, None]

@@ -7,12 +7,13 @@ pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise al
 1979). Everything here is a function of the numbers as stored, so whoever adopts a shard finds the same values.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.store.dtypes import scratch
+from actcache.loops.of_rows import RowLoops, row_loops_for
+from actcache.store.dtypes import as_float32, scratch
 
 _SUM_ROWS = 32
 _CENTRE_OF = 4
@@ -22,13 +23,19 @@ _SAFE = (1e-12, 1e17)
 F64 = NDArray[np.float64]
 
 
-def row_norms(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Euclidean norm of each row [r, d]; a float32 overflow is computed again in float64."""
+def row_norms(rows: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Euclidean norm of each row [r, d] of a logical dtype; a float32 overflow is computed again in float64."""
+    loops = row_loops_for(rows, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        norm = np.sqrt(np.vecdot(x, x))
+        if loops is None:
+            x = as_float32(rows, dtype)
+            norm = np.sqrt(np.vecdot(x, x))
+        else:
+            norm = np.empty(len(rows), np.float32)
+            loops.norms(_address(rows), *rows.shape, _address(norm))
         odd = ~np.isfinite(norm)
         if odd.any():
-            norm[odd] = np.sqrt((x[odd].astype(np.float64) ** 2).sum(1)).astype(np.float32)
+            norm[odd] = np.sqrt((as_float32(rows[odd], dtype).astype(np.float64) ** 2).sum(1))
     return norm
 
 
@@ -47,27 +54,94 @@ def no_moments(width: int) -> Moments:
     return Moments(0, np.zeros(width), np.zeros(width), np.full(width, np.nan), np.full(width, np.nan))
 
 
-def moments_of(x: NDArray[np.float32]) -> Moments:
-    """Moments of rows [r, d]."""
-    n = len(x)
+def extremes(rows: NDArray[Any], dtype: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Least and greatest number of each column of finite rows [r, d] of a logical dtype; r at least 1."""
+    loops = row_loops_for(rows, dtype)
+    if loops is None:
+        x = as_float32(rows, dtype)
+        return x.min(0), x.max(0)
+    found = _pass(rows, 1, np.zeros(rows.shape[1], np.float32), loops)
+    return found.least, found.greatest
+
+
+def squared_errors(rows: NDArray[Any], said: NDArray[Any], dtype: str, exact_rows: NDArray[np.uint32]) -> F64:
+    """Sums over rows of the squared differences of each column of rows [r, d] and `said`; those of exact rows are 0."""
+    loops = row_loops_for(rows, dtype)
+    if loops is not None:
+        squares = np.zeros(rows.shape[1])
+        loops.errors(_address(rows), _address(said), *rows.shape, _SUM_ROWS, _address(squares))
+        if np.isfinite(squares).all():  # rows stored exactly differ by nothing, but may hold anything
+            return squares
+    with np.errstate(invalid="ignore"):
+        error = np.subtract(
+            as_float32(rows, dtype), as_float32(said, dtype), out=scratch("error", rows.shape)
+        )
+    error[exact_rows] = 0
+    return _sums_of_squares(error)
+
+
+def _address(array: NDArray[Any]) -> int:
+    return array.ctypes.data
+
+
+class _Sums(NamedTuple):
+    """Of rows: centres [d] float32, sums and sums of squares of deviations from these in float64, extremes in float32."""
+
+    centre: NDArray[np.float32]
+    deviation: F64
+    squares: F64
+    least: NDArray[np.float32]
+    greatest: NDArray[np.float32]
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether squares of float32 lost no digits."""
+        largest = np.maximum(self.greatest - self.centre, self.centre - self.least)
+        return bool(((largest == 0) | ((largest > _SAFE[0]) & (largest < _SAFE[1]))).all())
+
+
+def moments_of(rows: NDArray[Any], dtype: str) -> Moments:
+    """Moments of finite rows [r, d] of a logical dtype."""
+    n = len(rows)
     if not n:
-        return no_moments(x.shape[1])
-    least, greatest = x.min(0), x.max(0)
-    some = x[::_CENTRE_OF]
-    centre = (column_sums(some) / len(some)).astype(np.float32)
-    deviation = np.subtract(x, centre, out=scratch("deviation", x.shape))
-    largest = np.maximum(greatest - centre, centre - least)
-    is_safe = (largest == 0) | ((largest > _SAFE[0]) & (largest < _SAFE[1]))
-    if not is_safe.all():
-        deviation = deviation.astype(np.float64)
-    residual = column_sums(deviation)
+        return no_moments(rows.shape[1])
+    loops = row_loops_for(rows, dtype)
+    sums = None if loops is None else _compiled_sums(rows, loops)
+    if sums is None or not sums.is_safe:
+        sums = _sums(as_float32(rows, dtype))
     return Moments(
         n,
-        centre.astype(np.float64) + residual / n,
-        _sums_of_squares(deviation) - residual**2 / n,
-        least.astype(np.float64),
-        greatest.astype(np.float64),
+        sums.centre.astype(np.float64) + sums.deviation / n,
+        sums.squares - sums.deviation**2 / n,
+        sums.least.astype(np.float64),
+        sums.greatest.astype(np.float64),
     )
+
+
+def _compiled_sums(rows: NDArray[Any], loops: RowLoops) -> _Sums:
+    some = _pass(rows, _CENTRE_OF, np.zeros(rows.shape[1], np.float32), loops)
+    centre = (some.deviation / -(-len(rows) // _CENTRE_OF)).astype(np.float32)
+    return _pass(rows, 1, centre, loops)
+
+
+def _pass(rows: NDArray[Any], of: int, centre: NDArray[np.float32], loops: RowLoops) -> _Sums:
+    """Through every `of`-th row."""
+    n, d = rows.shape
+    deviation, squares = np.zeros((2, d))
+    least, greatest = np.full(d, np.inf, np.float32), np.full(d, -np.inf, np.float32)
+    arrays = [_address(array) for array in (centre, deviation, squares, least, greatest)]
+    loops.moments(_address(rows), of * d, -(-n // of), d, _SUM_ROWS, *arrays)
+    return _Sums(centre, deviation, squares, least, greatest)
+
+
+def _sums(x: NDArray[np.float32]) -> _Sums:
+    some = x[::_CENTRE_OF]
+    centre = (column_sums(some) / len(some)).astype(np.float32)
+    found = _Sums(centre, np.empty(0), np.empty(0), x.min(0), x.max(0))
+    deviation = np.subtract(x, centre, out=scratch("deviation", x.shape))
+    if not found.is_safe:
+        deviation = deviation.astype(np.float64)
+    return found._replace(deviation=column_sums(deviation), squares=_sums_of_squares(deviation))
 
 
 def column_sums(x: NDArray[np.floating]) -> F64:
@@ -116,24 +190,26 @@ class RowStatistics(NamedTuple):
 
 
 def row_statistics(
-    x: NDArray[np.float32], kept: int, exact_rows: NDArray[np.uint32] | None = None
+    rows: NDArray[Any], dtype: str, kept: int, exact_rows: NDArray[np.uint32] | None = None
 ) -> RowStatistics:
-    """Statistics of stored rows [r, d], of which the first `kept` are kept; exact_rows: those not in codes."""
-    norm = row_norms(x)
+    """Statistics of stored rows [r, d] of a logical dtype, of which the first `kept` are kept; exact_rows: not in codes."""
+    if row_loops_for(rows, dtype) is None and dtype != "float32":
+        rows, dtype = as_float32(rows, dtype, scratch("widened", rows.shape)), "float32"
+    norm = row_norms(rows, dtype)
     is_finite = np.isfinite(norm)
     for row in np.flatnonzero(~is_finite):  # a norm may overflow where no number does
-        is_finite[row] = np.isfinite(x[row]).all()
+        is_finite[row] = np.isfinite(as_float32(rows[row], dtype)).all()
     with np.errstate(over="ignore", invalid="ignore"):
-        moments = ordinary = moments_of(_chosen(x[:kept], is_finite[:kept]))
+        moments = ordinary = moments_of(_chosen(rows[:kept], is_finite[:kept]), dtype)
         if exact_rows is not None and (exact_rows < kept).any():
             in_codes = is_finite[:kept].copy()
             in_codes[exact_rows[exact_rows < kept]] = False
-            ordinary = moments_of(_chosen(x[:kept], in_codes))
+            ordinary = moments_of(_chosen(rows[:kept], in_codes), dtype)
     return RowStatistics(norm, moments, ordinary, is_finite)
 
 
-def _chosen(x: NDArray[np.float32], which: NDArray[np.bool_]) -> NDArray[np.float32]:
-    return x if which.all() else x[which]
+def _chosen(rows: NDArray[Any], which: NDArray[np.bool_]) -> NDArray[Any]:
+    return rows if which.all() else rows[which]
 
 
 class QuantisationError(NamedTuple):

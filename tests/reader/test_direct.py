@@ -4,8 +4,8 @@ import pytest
 
 import actcache
 from actcache.errors import DamageError
+from actcache.loops.compiled import compiled
 from actcache.reader import window
-from actcache.reader.compiled import compiled
 from actcache.store.shard import ShardReader
 from tests.conftest import check_rows, write_store
 

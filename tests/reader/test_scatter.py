@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actcache.loops.compiled import compiled
 from actcache.reader import scatter as module
-from actcache.reader.compiled import compiled
 from actcache.reader.scatter import ALIGNMENT, Target, aligned_empty
 
 

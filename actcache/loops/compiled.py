@@ -1,19 +1,19 @@
-"""The inner loops that NumPy has no fast way for, compiled for this processor, in some milliseconds, once per process.
+"""The inner loops of reading: rows to their slots, where slots are, checksums. Compiled once per process.
 
-Where llvmlite is not installed (`pip install 'actcache[fast]'`) NumPy does the same work, with the same result.
+Without them NumPy does the same work, with the same result.
 """
 
 import ctypes
 import os
 from collections.abc import Callable
 from functools import cache
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.store.codec import extend_crc32c
+from actcache.loops.engine import INTEGER, POINTER, Engine, features, text_of
 
 PART_BYTES = 1344
 """Of data, that crc32c in loops_x86.ll takes three of at once."""
@@ -36,7 +36,7 @@ class Direct(NamedTuple):
 
 
 class Loops(NamedTuple):
-    """Compiled loops; other Python threads run meanwhile. Arguments are addresses and numbers, as in loops.ll.
+    """Compiled loops. Arguments are addresses and numbers, as in loops.ll.
 
     scatter  (window, stride, slots, rows, row_bytes, chosen, n): rows to their slots, around the caches.
     permute  see `permuted`.
@@ -51,57 +51,36 @@ class Loops(NamedTuple):
 @cache
 def compiled() -> Loops | None:
     """The loops; None where llvmlite is not installed."""
-    try:
-        from llvmlite import binding
-    except ImportError:
+    able = features()
+    if able is None:
         return None
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features()
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=2
-    )
-    is_direct = features.get("sse4.2", False) and hasattr(os, "preadv")
-    text = "".join(_text(name) for name in ("loops.ll", "loops_x86.ll")[: 1 + is_direct])
-    if is_direct:
-        binding.add_symbol("pread", ctypes.cast(ctypes.CDLL(None).pread, ctypes.c_void_p).value)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(text), machine)
-    engine.finalize_object()
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-
-    def loop(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-        found = ctypes.CFUNCTYPE(result, *arguments)(engine.get_function_address(name))
-        found.engine = engine  # type: ignore[attr-defined]  # it owns the code
-        return found
-
+    is_direct = able.get("sse4.2", False) and hasattr(os, "preadv")
+    engine = Engine("".join(text_of(name) for name in ("loops.ll", "loops_x86.ll")[: 1 + is_direct]))
     direct = None
     if is_direct:
         direct = Direct(
-            loop("crc32c", ctypes.c_uint32, pointer, integer, pointer),
-            loop("bring", integer, pointer, integer, pointer, pointer, integer, integer, pointer, pointer),
+            engine.loop("crc32c", ctypes.c_uint32, POINTER, INTEGER, POINTER),
+            engine.loop(
+                *("bring", INTEGER, POINTER, INTEGER),
+                *(POINTER, POINTER, INTEGER, INTEGER, POINTER, POINTER),
+            ),
             _shift(),
         )
     return Loops(
-        loop("scatter", None, pointer, integer, pointer, pointer, integer, pointer, integer),
-        loop(
-            "permute",
-            None,
-            *(integer, pointer, pointer, integer, integer, integer),
-            *(pointer, pointer, pointer, integer, integer, pointer, pointer),
+        engine.loop("scatter", None, POINTER, INTEGER, POINTER, POINTER, INTEGER, POINTER, INTEGER),
+        engine.loop(
+            *("permute", None, INTEGER, POINTER, POINTER, INTEGER, INTEGER, INTEGER),
+            *(POINTER, POINTER, POINTER, INTEGER, INTEGER, POINTER, POINTER),
         ),
         direct,
     )
-
-
-def _text(name: str) -> str:
-    return files("actcache.reader").joinpath(name).read_text()
 
 
 def _shift() -> NDArray[np.uint32]:
     """[4, 256] what a crc, a byte of it at a time, becomes behind a part of zeros: crc32c without its two inversions."""
     zeros, inverted = bytes(PART_BYTES), 0xFFFFFFFF
     found = [
-        [extend_crc32c(zeros, value << (8 * byte) ^ inverted) ^ inverted for value in range(256)]
+        [crc32c.crc32c(zeros, value << (8 * byte) ^ inverted) ^ inverted for value in range(256)]
         for byte in range(4)
     ]
     return np.array(found, np.uint32)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actcache.loops import engine
+from actcache.loops.compiled import compiled
 from actcache.reader import order
-from actcache.reader.compiled import compiled
 from actcache.store.codec import crc32c
 
 LOOPS = compiled()
@@ -19,10 +20,12 @@ def test_there_are_some():
 
 
 def test_it_runs_without_llvmlite(monkeypatch):
-    compiled.cache_clear()
+    for cached in (engine.features, compiled):
+        cached.cache_clear()
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     assert compiled() is None
-    compiled.cache_clear()
+    for cached in (engine.features, compiled):
+        cached.cache_clear()
     monkeypatch.undo()
     assert compiled() is not None
 

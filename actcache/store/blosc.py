@@ -1,0 +1,56 @@
+"""Blosc chunks of numbers, shuffled and compressed with zstd: what `numcodecs.Blosc` would write, found in half the time.
+
+Level 1 of zstd, the least that Blosc knows, spends most of its time on matches. Shuffled activations have none but those
+by chance, and these cost more bits than they save: with next to no table to find them in, zstd codes literals, in half
+the time and fewer bytes. Only the encoder differs; any Blosc decodes it (format 2, one block, not split).
+"""
+
+import struct
+import threading
+from typing import Any
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from actcache.loops.planes import STEP, plane_loops
+from actcache.store.dtypes import scratch
+
+_HASH_LOG = 6
+"""Of the entries in the table of matches; the least there is."""
+_HEADER = struct.Struct("<4B3I2i")
+_VERSION, _ZSTD_VERSION, _SHUFFLED_NOT_SPLIT_ZSTD = 2, 1, 0x91
+_local = threading.local()
+
+
+def shuffled_zstd(values: NDArray[Any]) -> bytes | None:
+    """One Blosc chunk of one block from contiguous numbers [n]; None where they do not get smaller."""
+    frame = _compressor().compress(planes(values).data)
+    if len(frame) + _HEADER.size >= values.nbytes:
+        return None
+    header = _HEADER.pack(
+        *(_VERSION, _ZSTD_VERSION, _SHUFFLED_NOT_SPLIT_ZSTD, values.itemsize),
+        *(values.nbytes, values.nbytes, len(frame) + _HEADER.size),
+        *(_HEADER.size - 4, len(frame)),
+    )
+    return header + frame
+
+
+def planes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Bytes of numbers [n], those of equal significance side by side: scratch memory of this thread."""
+    out = scratch("planes", (values.itemsize, len(values)), np.uint8)
+    loop = None if len(values) % STEP else plane_loops().get(values.itemsize)
+    if loop is None:
+        np.copyto(out, values.view(np.uint8).reshape(-1, values.itemsize).T)
+    else:
+        loop(values.ctypes.data, out.ctypes.data, len(values))
+    return out
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    """Of this thread: it keeps its tables from chunk to chunk."""
+    found = getattr(_local, "compressor", None)
+    if found is None:
+        chosen = zstandard.ZstdCompressionParameters.from_level(1, hash_log=_HASH_LOG)
+        found = _local.compressor = zstandard.ZstdCompressor(compression_params=chosen)
+    return found
