@@ -156,6 +156,46 @@ done:
   ret void
 }
 
+; In each slot, the number of its row and the layer of its member: members have %n_rows one after the other, from %first on.
+define void @tell(ptr %n_rows, ptr %first, ptr %layer, i64 %n_members, ptr %slot, ptr %rows, ptr %layers) {
+entry:
+  br label %member
+member:
+  %m = phi i64 [ 0, %entry ], [ %m.next, %member.end ]
+  %k.0 = phi i64 [ 0, %entry ], [ %k, %member.end ]
+  %is_member = icmp ult i64 %m, %n_members
+  br i1 %is_member, label %of_member, label %done
+of_member:
+  %n.at = getelementptr i64, ptr %n_rows, i64 %m
+  %n = load i64, ptr %n.at
+  %end = add i64 %k.0, %n
+  %first.at = getelementptr i64, ptr %first, i64 %m
+  %first.m = load i64, ptr %first.at
+  %less = sub i64 %first.m, %k.0
+  %layer.at = getelementptr i64, ptr %layer, i64 %m
+  %layer.m = load i64, ptr %layer.at
+  br label %row
+row:
+  %k = phi i64 [ %k.0, %of_member ], [ %k.next, %say ]
+  %is_row = icmp ult i64 %k, %end
+  br i1 %is_row, label %say, label %member.end
+say:
+  %slot.at = getelementptr i64, ptr %slot, i64 %k
+  %slot.k = load i64, ptr %slot.at
+  %number = add i64 %less, %k
+  %rows.at = getelementptr i64, ptr %rows, i64 %slot.k
+  store i64 %number, ptr %rows.at
+  %layers.at = getelementptr i64, ptr %layers, i64 %slot.k
+  store i64 %layer.m, ptr %layers.at
+  %k.next = add i64 %k, 1
+  br label %row
+member.end:
+  %m.next = add i64 %m, 1
+  br label %member
+done:
+  ret void
+}
+
 ; The mixer of keyed.py.
 define internal i64 @mix(i64 %x) {
 entry:

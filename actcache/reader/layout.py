@@ -1,11 +1,13 @@
 """What goes where in a window: an arrangement turned into chunks to read and slots to put their rows in. No files."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.loops.compiled import compiled, told
 from actcache.reader.order import Arrangement, Members
 from actcache.store.shard import ShardReader
 
@@ -131,18 +133,21 @@ def lay_out(
     is_mine   [P] which partitions this rank reads.
     """
     starts = np.cumsum(counts) - counts
-    is_own, of_own = is_mine[members.partition], slice(None)
+    is_own, of_own, loops = is_mine[members.partition], slice(None), compiled()
     if is_own.all():
-        own_before, own_slot = np.arange(len(arrangement.slot) + 1), arrangement.slot
+        own_before, own_slot = _numbers(len(arrangement.slot) + 1), arrangement.slot
     else:
         own_before = np.concatenate([[0], np.cumsum(is_mine[arrangement.partition])])
         own_slot = own_before[arrangement.slot]  # of rows of others it means nothing
         of_own = np.flatnonzero(np.repeat(is_own, counts))
-    out_layer, out_row = np.empty((2, int(own_before[-1])), np.int64)
-    out_layer[own_slot[of_own]] = np.repeat(places.layer, counts)[of_own]
-    rows = np.repeat(places.first_row - (starts if selected is None else 0), counts)
-    rows += np.arange(len(rows)) if selected is None else np.concatenate([counts[:0], *selected])
-    out_row[own_slot[of_own]] = rows[of_own]
+    if loops is not None and selected is None and own_slot is arrangement.slot:
+        out_row, out_layer = told(loops, counts, places.first_row, places.layer, own_slot)
+    else:
+        out_layer, out_row = np.empty((2, int(own_before[-1])), np.int64)
+        out_layer[own_slot[of_own]] = np.repeat(places.layer, counts)[of_own]
+        rows = np.repeat(places.first_row - (starts if selected is None else 0), counts)
+        rows += np.arange(len(rows)) if selected is None else np.concatenate([counts[:0], *selected])
+        out_row[own_slot[of_own]] = rows[of_own]
     mine = np.flatnonzero(is_own & (counts > 0))
     columns = [mine, members.layer_i[mine], places.shard[mine], places.chunk[mine], starts[mine]]
     columns.append(columns[-1] + counts[mine])
@@ -160,6 +165,14 @@ def lay_out(
         for lane in [lanes[layer_i][j]]
     ]
     return Layout(sources, out_layer, out_row, own_before, arrangement.partition)
+
+
+@lru_cache(maxsize=4)
+def _numbers(n: int) -> I64:
+    """0 to n - 1; read-only."""
+    found = np.arange(n)
+    found.flags.writeable = False
+    return found
 
 
 def handfuls(sources: list[Source], size: int) -> list[tuple[int, list[Source]]]:
