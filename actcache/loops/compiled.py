@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
@@ -19,9 +19,11 @@ from actcache.loops.engine import INTEGER, POINTER, Engine, features, text_of
 _memory = threading.local()
 PART_BYTES = 1344
 """Of data, that crc32c in crc32c.ll takes three of at once."""
-_MOST_BUCKET_BITS = 18
-_PER_BUCKET_BITS = 2
-"""About so many bits' worth of rows come into a bucket, where they are sorted by insertion."""
+_MOST_BUCKET_BITS = 14
+_PER_BUCKET_BITS = 8
+"""About so many bits' worth of rows come into a bucket, which is sorted in the processor's first cache."""
+_WITHIN, _BLOCK_ROWS = 512, 64
+"""Parts of a bucket, and rows of a block, in loops.ll."""
 
 
 class Direct(NamedTuple):
@@ -42,13 +44,11 @@ class Loops(NamedTuple):
 
     scatter  (window, stride, slots, rows, row_bytes, chosen, n): rows to their slots, around the caches.
     permute  see `permuted`.
-    tell     see `told`.
     direct   where this processor has what they need.
     """
 
     scatter: Callable[..., None]
     permute: Callable[..., None]
-    tell: Callable[..., None]
     direct: Direct | None
 
 
@@ -78,9 +78,8 @@ def compiled() -> Loops | None:
         engine.loop("scatter", None, POINTER, INTEGER, POINTER, POINTER, INTEGER, POINTER, INTEGER),
         engine.loop(
             *("permute", None, INTEGER, POINTER, POINTER, INTEGER, INTEGER, INTEGER),
-            *(POINTER, POINTER, POINTER, INTEGER, INTEGER, POINTER, POINTER),
+            *(POINTER, POINTER, POINTER, INTEGER, INTEGER, POINTER, POINTER, POINTER, *[POINTER] * 5),
         ),
-        engine.loop("tell", None, *[POINTER] * 3, INTEGER, *[POINTER] * 3),
         direct,
     )
 
@@ -95,6 +94,13 @@ def _shift() -> NDArray[np.uint32]:
     return np.array(found, np.uint32)
 
 
+class Told(NamedTuple):
+    """What slots are told: the global number of the row in each, [n] int64, and its layer, [n] int16."""
+
+    row: NDArray[np.int64]
+    layer: NDArray[np.int16]
+
+
 def permuted(
     loops: Loops,
     key: int,
@@ -102,54 +108,41 @@ def permuted(
     partition: NDArray[np.int64],
     bits: tuple[int, int],
     place: NDArray[np.int64],
-) -> NDArray[np.int64]:
+    tell: Told | None = None,
+) -> tuple[NDArray[np.int64], Told | None]:
     """The slot of each row of a window: what `order.arrange` says, without its arrays in between.
 
     n_rows, partition  [m] of each member.    bits  of a row's number, and of a partition.
     place  [n] the slot of the i-th row in order of partition and hash.
+    tell   of each member, the number of its first row, and its layer: then slots are told those of their rows.
     """
-    slot = np.empty(len(place), np.int64)
-    bucket_bits = min(_MOST_BUCKET_BITS, max(1, len(place).bit_length() - _PER_BUCKET_BITS))
-    ends = np.zeros(1 << bucket_bits, np.int64)
-    of_members = [np.ascontiguousarray(array, np.int64) for array in (n_rows, partition)]
+    n = len(place)
+    bucket_bits = min(_MOST_BUCKET_BITS, max(1, n.bit_length() - _PER_BUCKET_BITS))
+    memory = _scratch(2 * n + (1 << bucket_bits) + _WITHIN + n // _BLOCK_ROWS + 1)
+    keys, ordered, ends, within, of_block = np.split(memory, np.cumsum([n, n, 1 << bucket_bits, _WITHIN]))
+    ends[:] = 0
+    end = np.cumsum(n_rows)
+    told, of_members, of_slots = None, [0, 0], [0, 0]
+    if tell is not None:
+        told = Told(np.empty(n, np.int64), np.empty(n, np.int16))
+        less, layer = tell.row - (end - n_rows), np.ascontiguousarray(tell.layer, np.int16)
+        of_members, of_slots = [_address(less), _address(layer)], [_address(told.row), _address(told.layer)]
+    slot, partition = np.empty(n, np.int64), np.ascontiguousarray(partition, np.int64)
     loops.permute(
-        ctypes.c_int64(key),
-        *(array.ctypes.data for array in of_members),
-        len(n_rows),
-        *bits,
-        *(array.ctypes.data for array in (*_two_arrays(len(place)), ends)),
-        len(ends),
-        64 - bucket_bits,
-        place.ctypes.data,
-        slot.ctypes.data,
+        *(ctypes.c_int64(key), _address(end), _address(partition), len(n_rows), *bits),
+        *(_address(keys), _address(ordered), _address(ends), len(ends), 64 - bucket_bits, _address(within)),
+        *(_address(place), _address(slot), *of_members, _address(of_block), *of_slots),
     )
-    return slot
+    return slot, told
 
 
-def _two_arrays(n: int) -> NDArray[np.int64]:
-    """[2, n] of this thread, good until the next call: fresh memory takes longer to get than to sort in."""
-    found = getattr(_memory, "arrays", None)
-    if found is None or found.shape[1] < n:
-        found = _memory.arrays = np.empty((2, n), np.int64)
-    return found
+def _address(array: NDArray[Any]) -> int:
+    return array.ctypes.data
 
 
-def told(
-    loops: Loops,
-    n_rows: NDArray[np.int64],
-    first: NDArray[np.int64],
-    layer: NDArray[np.int64],
-    slot: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row number and layer in each slot [n]; members [m] have `n_rows` each, of one layer, numbered from `first` on.
-
-    slot  [n] of each row, member after member; a permutation.
-    """
-    rows, layers = np.empty((2, len(slot)), np.int64)
-    of_members = [np.ascontiguousarray(array, np.int64) for array in (n_rows, first, layer)]
-    loops.tell(
-        *(array.ctypes.data for array in of_members),
-        len(n_rows),
-        *(array.ctypes.data for array in (slot, rows, layers)),
-    )
-    return rows, layers
+def _scratch(n: int) -> NDArray[np.int64]:
+    """[n] of this thread, good until the next call: fresh memory takes longer to get than to sort in."""
+    found = getattr(_memory, "array", None)
+    if found is None or len(found) < n:
+        found = _memory.array = np.empty(n, np.int64)
+    return found[:n]

@@ -16,9 +16,11 @@ from actcache.store.local import LocalFiles, lead
 
 
 class Brought(NamedTuple):
-    """What a call did: chunks, and which shares of its time went into reading, comparing and scattering them."""
+    """What a call did: chunks, bytes read, rows; which shares of its time went into reading, comparing and scattering."""
 
     n_chunks: int
+    n_bytes: int
+    n_rows: int
     read: float
     decode: float
     scatter: float
@@ -27,21 +29,20 @@ class Brought(NamedTuple):
 def bring(job: Sequence[Source], target: Target, files: LocalFiles, direct: Direct) -> Brought:
     """The first chunks of a job to their slots, as far as they come."""
     work, held = [], []
-    for source in job:
-        found = source.reader.as_is(*source.at)
+    for reader, lane, chunk, slots, chosen in job:
+        found = reader.as_is(lane.layer_index, chunk)
         if found is None:
             break
         try:
-            file = files.file(source.reader.key)
+            file = files.file(reader.key)
         except FileNotFoundError:
             break
         held.append(file)
         start, n_bytes, crc = found
-        slots, chosen = source.slots, source.chosen
         of_chosen = 0 if chosen is None else address(chosen)
         work.append((file.fd, start, n_bytes, crc, address(slots), of_chosen, len(slots), lead(start)))
     if not work:
-        return Brought(0, 0.0, 0.0, 0.0)
+        return Brought(0, 0, 0, 0.0, 0.0, 0.0)
     memory, jobs, cycles = files.memory(work[0][2]), np.array(work), np.zeros(3, np.int64)
     n = direct.bring(
         jobs.ctypes.data,
@@ -51,4 +52,5 @@ def bring(job: Sequence[Source], target: Target, files: LocalFiles, direct: Dire
         direct.shift.ctypes.data,
         cycles.ctypes.data,
     )
-    return Brought(n, *(cycles / max(1, cycles.sum())).tolist())
+    n_bytes, n_rows = jobs[:n, [2, 6]].sum(0).tolist()
+    return Brought(n, n_bytes, n_rows, *(cycles / max(1, cycles.sum())).tolist())

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import UsageError
+from actcache.loops.compiled import Told
 from actcache.reader.buffers import Shape, Window
 from actcache.reader.counters import Counters
 from actcache.reader.device import Chunk
@@ -282,14 +283,20 @@ class Filling:
                 )
             ]
             counts = np.array([len(rows) for rows in selected], dtype=np.int64)
-        arrangement = arrange(order.key_of(window), counts, members.partition, self._selection.partitions)
-        layer = np.array(self._selection.layers)[members.layer_i]
+        layer, first_row = (
+            np.array(self._selection.layers, np.int16)[members.layer_i],
+            self._first_row(members.listed),
+        )
+        tell = Told(first_row, layer) if selected is None and self._is_mine.all() else None
+        arrangement = arrange(
+            order.key_of(window), counts, members.partition, self._selection.partitions, tell
+        )
         return lay_out(
             members,
             arrangement,
             counts,
             selected,
-            places=Places(shard, chunk, layer, self._first_row(members.listed)),
+            places=Places(shard, chunk, layer, first_row),
             lanes=self.lanes,
             readers=self._reader,
             is_mine=self._is_mine,

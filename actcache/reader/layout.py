@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.loops.compiled import compiled, told
 from actcache.reader.order import Arrangement, Members
 from actcache.store.shard import ShardReader
 
@@ -92,14 +91,14 @@ class Layout(NamedTuple):
     """What goes where in a window.
 
     sources     the chunks this reader decodes.
-    layer       [n] int64 model layer of the row in each of this reader's slots (the first, where a row has several).
+    layer       [n] int16 model layer of the row in each of this reader's slots (the first, where a row has several).
     row         [n] int64 global row number of each.
     own_before  [s + 1] how many of this reader's rows come before each slot of all ranks.
     partition   [s] int16 the partition of the row in each slot of all ranks.
     """
 
     sources: list[Source]
-    layer: I64
+    layer: NDArray[np.int16]
     row: I64
     own_before: I64
     partition: NDArray[np.int16]
@@ -110,7 +109,7 @@ class Places(NamedTuple):
 
     shard: I64
     chunk: I64
-    layer: I64
+    layer: NDArray[np.int16]
     first_row: I64
 
 
@@ -131,19 +130,22 @@ def lay_out(
     lanes     per lane of the order, what a member of it reads: equally many captures and layers in all.
     readers   (buffer, shard) -> the reader of that shard of the buffer's capture.
     is_mine   [P] which partitions this rank reads.
+
+    What the arrangement told is of the first rows of members, and of all ranks: it is asked for where that is right.
     """
     starts = np.cumsum(counts) - counts
-    is_own, of_own, loops = is_mine[members.partition], slice(None), compiled()
+    is_own, of_own = is_mine[members.partition], slice(None)
     if is_own.all():
         own_before, own_slot = _numbers(len(arrangement.slot) + 1), arrangement.slot
     else:
         own_before = np.concatenate([[0], np.cumsum(is_mine[arrangement.partition])])
         own_slot = own_before[arrangement.slot]  # of rows of others it means nothing
         of_own = np.flatnonzero(np.repeat(is_own, counts))
-    if loops is not None and selected is None and own_slot is arrangement.slot:
-        out_row, out_layer = told(loops, counts, places.first_row, places.layer, own_slot)
+    if arrangement.told is not None:
+        out_row, out_layer = arrangement.told
     else:
-        out_layer, out_row = np.empty((2, int(own_before[-1])), np.int64)
+        n_own = int(own_before[-1])
+        out_layer, out_row = np.empty(n_own, np.int16), np.empty(n_own, np.int64)
         out_layer[own_slot[of_own]] = np.repeat(places.layer, counts)[of_own]
         rows = np.repeat(places.first_row - (starts if selected is None else 0), counts)
         rows += np.arange(len(rows)) if selected is None else np.concatenate([counts[:0], *selected])
@@ -152,18 +154,16 @@ def lay_out(
     columns = [mine, members.layer_i[mine], places.shard[mine], places.chunk[mine], starts[mine]]
     columns.append(columns[-1] + counts[mine])
     work = list(zip(*(column.tolist() for column in columns), strict=True))
-    sources = [
-        Source(
-            readers(lane.buffer, shard),
-            lane,
-            chunk,
-            own_slot[start:stop],
-            None if selected is None else selected[m],
-        )
-        for j in range(len(lanes[0]))
-        for m, layer_i, shard, chunk, start, stop in work
-        for lane in [lanes[layer_i][j]]
-    ]
+    found: dict[tuple[int, int], ShardReader] = {}
+    sources = []
+    for j in range(len(lanes[0])):
+        for m, layer_i, shard, chunk, start, stop in work:
+            lane = lanes[layer_i][j]
+            reader = found.get((lane.buffer, shard))
+            if reader is None:
+                reader = found[lane.buffer, shard] = readers(lane.buffer, shard)
+            chosen = None if selected is None else selected[m]
+            sources.append(Source(reader, lane, chunk, own_slot[start:stop], chosen))
     return Layout(sources, out_layer, out_row, own_before, arrangement.partition)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.loops.compiled import compiled, permuted
+from actcache.loops.compiled import Told, compiled, permuted
 from actcache.store import keyed
 
 I64 = NDArray[np.int64]
@@ -219,14 +219,19 @@ class Arrangement(NamedTuple):
 
     slot       [n] slot of each row, rows counted member after member.
     partition  [n] partition of the row in each slot.
+    told       what `arrange` was asked to tell each slot, where it could.
     """
 
     slot: I64
     partition: NDArray[np.int16]
+    told: Told | None = None
 
 
-def arrange(key: int, n_rows: I64, partition: I64, partitions: int) -> Arrangement:
-    """Permute the rows of each partition and merge the partitions by virtual time. No Python per row."""
+def arrange(key: int, n_rows: I64, partition: I64, partitions: int, tell: Told | None = None) -> Arrangement:
+    """Permute the rows of each partition and merge the partitions by virtual time. No Python per row.
+
+    tell  of each member [m], the global number of its first row and its layer, for `Arrangement.told`.
+    """
     total = int(n_rows.sum())
     counts = np.zeros(partitions, np.int64)
     np.add.at(counts, partition, n_rows)
@@ -234,8 +239,8 @@ def arrange(key: int, n_rows: I64, partition: I64, partitions: int) -> Arrangeme
     # Partition, hash, row number, from the upper bits down: unique, so any sort gives the same answer.
     row_bits, partition_bits = max(1, total.bit_length()), max(1, partitions.bit_length())
     if loops is not None:
-        slot = permuted(loops, key, n_rows, partition, (row_bits, partition_bits), merge.slot)
-        return Arrangement(slot, merge.partition)
+        slot, told = permuted(loops, key, n_rows, partition, (row_bits, partition_bits), merge.slot, tell)
+        return Arrangement(slot, merge.partition, told)
     number = np.arange(total, dtype=np.uint64)
     keys = keyed.hash_u64(key, number)
     keys >>= np.uint64(row_bits + partition_bits)

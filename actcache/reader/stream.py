@@ -42,7 +42,7 @@ class _Part(NamedTuple):
     """
 
     rows: list[Tensor]
-    layer: NDArray[np.int64]
+    layer: NDArray[np.int16]
     row: NDArray[np.int64]
     own_before: NDArray[np.int64]
 
@@ -395,7 +395,7 @@ class Stream:
                 typed = typed.unflatten(1, (len(self.layers), of.capture.width))
             rows.append(typed)
             dtypes.append(self.delivery.dtype or typed.dtype)
-        part = part._replace(layer=np.array(self.layers) if stacked else part.layer)
+        part = part._replace(layer=np.array(self.layers, np.int16) if stacked else part.layer)
         if courier is None:
             device = self.delivery.device
             rows = [one.to(device=device, dtype=dtype) for one, dtype in zip(rows, dtypes, strict=True)]
@@ -424,8 +424,8 @@ class Stream:
     def _numbers(self, part: _Part) -> list[NDArray[np.int64]]:
         """The layer of each row; and its place in the batch of all ranks, where this reader does not get all of it."""
         if self.delivery.world_size == 1:
-            return [part.layer]
-        return [part.layer, np.flatnonzero(np.diff(part.own_before))]
+            return [part.layer.astype(np.int64)]
+        return [part.layer.astype(np.int64), np.flatnonzero(np.diff(part.own_before))]
 
     # The end.
 

@@ -292,13 +292,9 @@ class _Decoding:
         took = perf_counter() - begun
         self.read_s += took * found.read
         self.decode_s += took * found.decode
-        for source in self._job[: found.n_chunks]:
-            self._count(source)
+        self._read_bytes += found.n_bytes
+        self._row_bytes += found.n_rows * self._job[0].reader.row_bytes
         return found.n_chunks
-
-    def _count(self, source: Source) -> None:
-        self._read_bytes += source.reader.n_bytes(*source.at)
-        self._row_bytes += len(source.slots) * source.reader.row_bytes
 
     def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
         """Rows [r, d] of a chunk: in `out` where they had to be decoded."""
@@ -321,7 +317,8 @@ class _Decoding:
         found = decode(source, body)
         self.read_s += loaded - begun
         self.decode_s += perf_counter() - loaded
-        self._count(source)
+        self._read_bytes += source.reader.n_bytes(*source.at)
+        self._row_bytes += len(source.slots) * source.reader.row_bytes
         return found
 
     def sums(self) -> dict[str, float]:

@@ -93,7 +93,8 @@ class ServedFill:
         self._at = (epoch, window)
         self._done, self._lock = threading.Event(), threading.Lock()
         self._layout: Layout | None = None
-        self._slot = self._layer = self._row = np.empty(0, np.int64)
+        self._slot = self._row = np.empty(0, np.int64)
+        self._layer = np.empty(0, np.int16)
         self._n_slots, self._n_own = 0, -1
         self._n_landed, self._n_running = [0] * _PARTS, _PARTS
         for part in range(_PARTS):
@@ -146,7 +147,9 @@ class ServedFill:
         begun = perf_counter()
         with self._lock:
             if self._n_own < 0:
-                self._slot, self._layer, self._row = (np.empty(said["n_own"], np.int64) for _ in range(3))
+                n_own = said["n_own"]
+                self._slot, self._row = np.empty((2, n_own), np.int64)
+                self._layer = np.empty(n_own, np.int16)
                 self._n_own, self._n_slots = said["n_own"], said["n_slots"]
         n, mine = batch.num_rows, self._part(part)
         first = mine.start + self._n_landed[part]

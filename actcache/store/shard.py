@@ -236,10 +236,10 @@ class ShardReader:
 
     def as_is(self, layer_i: int, chunk: int) -> tuple[int, int, int] | None:
         """First byte, bytes and crc32c of a chunk that is stored as it is handed out; None: it has to be decoded."""
-        start, n_bytes = self._range(layer_i, chunk)
+        n_bytes = self._stored.item(layer_i, chunk) - CRC_BYTES
         if not self._is_plain or n_bytes != self._codec.n_bytes:
             return None
-        return start, n_bytes, self.chunks.crc.item(layer_i, chunk)
+        return self._offset.item(layer_i, chunk), n_bytes, self.chunks.crc.item(layer_i, chunk)
 
     def will_need(self, layer_i: int, chunk: int, files: LocalFiles) -> None:
         """Tell the operating system that a chunk will be read soon; does nothing where there is no way to."""
