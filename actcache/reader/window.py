@@ -23,7 +23,7 @@ from actcache.reader.scatter import Target
 from actcache.store.local import LocalFiles
 from actcache.store.quantise import Quantised
 
-JOB_BYTES = 2 << 20
+JOB_BYTES = 4 << 20
 """Decoded bytes that a thread takes on at a time."""
 _LIVENESS_S = 5.0
 _STALLED_S = 300.0
