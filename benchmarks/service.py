@@ -5,8 +5,9 @@
 The server is a process of its own. In every round, one after the other and each for some seconds, for every codec:
 
     local              `Store.stream` in the client process, from disk
-    flight             the same messages from memory, received and put where a window would have them: what Flight does alone,
-                       in one stream and in two at once; the better of the two is the ceiling that ratios are of
+    flight             a window's messages, ready in memory, received and put where a window would have them: what Flight
+                       does alone, in one stream and in two at once; the better of the two is the ceiling ratios are of
+    flight, one        likewise one message again and again, which never leaves the processor's cache
     shared             windows that are decoded already: what a second trainer or rank on the same order gets
     served             windows decoded for this client alone
     served x 2, x 4    as many clients at once on one order, each in a process of its own: all their rows together
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +53,21 @@ BEGUN_S = 5.0  # a client runs so long before it is measured: until then its win
 
 
 class Alone(flight.FlightServerBase):
-    """Flight and nothing else: messages of the right size, from memory, sent again and again."""
+    """Flight and nothing else: the messages of a window, or the first of them, sent again and again."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         n = wire.MESSAGE_BYTES // ROW_BYTES
-        rows = np.random.default_rng(0).integers(0, 1 << 16, (n, WIDTH), dtype=np.uint16)
+        rows = np.random.default_rng(0).integers(0, 1 << 16, (WINDOW // n, n, WIDTH), dtype=np.uint16)
         self._schema = wire.schema_of([("resid_post", ROW_BYTES, "bfloat16")])
         numbers = np.arange(n)
-        self._batch = wire.message(
-            self._schema, numbers.astype(np.uint32), numbers.astype(np.int32), numbers, [pa.py_buffer(rows)]
-        )
+        about = numbers.astype(np.uint32), numbers.astype(np.int32), numbers
+        self._batches = [wire.message(self._schema, *about, [pa.py_buffer(some)]) for some in rows]
 
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.FlightDataStream:  # noqa: ARG002
-        """As many messages as the ticket says."""
-        batches = [self._batch] * int(ticket.ticket)
+        """Messages numbered from one to another, as the ticket says; only the first of the window, where it says so."""
+        start, stop, differ = map(int, ticket.ticket.split())
+        batches = (self._batches[i % len(self._batches) if differ else 0] for i in range(start, stop))
         return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(self._schema, batches))
 
 
@@ -100,20 +102,24 @@ def consume(stream: Any, seconds: float) -> int:
     return n_rows
 
 
-def receive(location: str, ca: bytes | None, seconds: float, n_streams: int = 1) -> int:
-    """Rows of Flight alone, in so many streams of one connection."""
+def receive(
+    location: str, ca: bytes | None, seconds: float, windows: list[np.ndarray], *, differ: bool
+) -> int:
+    """Rows of Flight alone, in as many streams of one connection as there are windows to put them in."""
     options = {} if ca is None else {"tls_root_certs": ca}
     client = flight.FlightClient(location, generic_options=list(_OPTIONS.items()), **options)
-    with ThreadPoolExecutor(n_streams) as pool:
-        return sum(pool.map(lambda _stream: _receive(client, seconds), range(n_streams)))
+    with ThreadPoolExecutor(len(windows)) as pool:
+        return sum(pool.map(lambda window: _receive(client, seconds, window, differ=differ), windows))
 
 
-def _receive(client: flight.FlightClient, seconds: float) -> int:
+def _receive(client: flight.FlightClient, seconds: float, window: np.ndarray, *, differ: bool) -> int:
     """Rows of one stream, copied to where a window would have them."""
-    window, n_rows, at = np.empty((WINDOW, WIDTH), np.uint16), 0, 0
+    n_rows, at, n_calls = 0, 0, 0
     ends = time.perf_counter() + seconds
     while time.perf_counter() < ends:
-        reader = client.do_get(flight.Ticket(str(wire.MESSAGES_PER_CALL).encode()))
+        start = n_calls * wire.MESSAGES_PER_CALL
+        asked = f"{start} {start + wire.MESSAGES_PER_CALL} {int(differ)}"
+        reader, n_calls = client.do_get(flight.Ticket(asked.encode())), n_calls + 1
         while True:
             try:
                 batch = reader.read_chunk().data
@@ -205,6 +211,7 @@ class Bench:
         plain, secure, alone, alone_secure = said["ports"]
         ca = said["ca"].encode()
         self.ways, self._bare = _ways(plain, secure, ca), _ways(alone, alone_secure, ca)
+        self._windows = list(np.ones((2, WINDOW, WIDTH), np.uint16))  # touched before
 
     def _note(self, name: str, work: Callable[[], int]) -> None:
         self._keep(name, measure(work, self.pid))
@@ -224,8 +231,8 @@ class Bench:
         """Everything once, one after the other."""
         for tls in self.ways:
             for n in (1, 2):
-                name = f"flight{tls} x {n}"
-                self._note(name, lambda tls=tls, n=n: receive(*self._bare[tls], self.args.seconds, n))
+                for differ, name in ((True, f"flight{tls} x {n}"), (False, f"flight{tls}, one x {n}")):
+                    self._note(name, partial(self._receive, tls, n, differ=differ))
         for codec in self.args.codecs:
             self._local(codec)
             for measure_one in (self._shared, self._served):
@@ -234,6 +241,9 @@ class Bench:
             for n in (2, 4):
                 url = f"{self.ways[''][0]}/{codec}.zarr"
                 self._keep(f"{codec} served x {n}", several(n, url, self.args.seconds, self.pid))
+
+    def _receive(self, tls: str, n: int, *, differ: bool) -> int:
+        return receive(*self._bare[tls], self.args.seconds, self._windows[:n], differ=differ)
 
     def _local(self, codec: str) -> None:
         with _stream(str(self.root / f"{codec}.zarr"), None) as stream:

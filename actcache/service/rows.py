@@ -38,7 +38,7 @@ def messages(
     with cache.call(asked.client) as client:
         while n_sent < MESSAGES_PER_CALL and not is_last and not is_over():
             with cache.use(order, asked.epoch, asked.window, client, is_over, _SIGN_S) as entry:
-                cut = None if entry is None else _cut(order, entry, asked, first, per_message)
+                cut = None if entry is None else _cut(cache, order, entry, asked, first, per_message)
                 is_last = cut is not None and cut[2]
                 if entry is not None and is_last:
                     cache.had(client, entry, asked.part, asked.parts)
@@ -53,9 +53,9 @@ def messages(
 
 
 def _cut(
-    order: Order, entry: Entry, asked: WindowTicket, first: int, per_message: int
+    cache: WindowCache, order: Order, entry: Entry, asked: WindowTicket, first: int, per_message: int
 ) -> tuple[pa.RecordBatch, dict[str, Any], bool]:
-    """The next rows of the part that is asked for, copied; what is said of them; whether they are its last."""
+    """The next rows of the part that is asked for; what is said of them; whether they are its last."""
     slots, layout = entry.own_slots(asked.rank, asked.world_size), entry.layout
     assert layout is not None
     part = part_of(len(slots), asked.part, asked.parts)
@@ -70,7 +70,9 @@ def _cut(
     slot, layer, row = mine.astype(np.uint32), layout.layer[at].astype(np.int32), layout.row[at]
     which = (asked.rank, asked.world_size, chosen.start, len(mine))
     crc = entry.checksums.get(which)  # others ask for the same
-    rows, found = _copied(entry.rows, at, len(mine), None if crc is not None else [slot, layer, row])
+    about = None if crc is not None else [slot, layer, row]
+    lent = cache.lend(entry, at) if is_run else None
+    rows, found = _copied(entry.rows, at, len(mine), about) if lent is None else _as_they_are(lent, about)
     entry.checksums[which] = found if crc is None else crc
     said = {"first": chosen.start, "n_own": len(slots), "n_slots": len(layout.partition)}
     said["crc32c"] = entry.checksums[which]
@@ -103,6 +105,15 @@ def _copied(
                 crc = extend_crc32c(block, crc)
     whole = pa.py_buffer(memory)
     return [whole.slice(start, size) for start, size in zip(starts, sizes, strict=True)], crc
+
+
+def _as_they_are(rows: list[NDArray[Any]], about: list[NDArray[Any]] | None) -> tuple[list[pa.Buffer], int]:
+    """Rows per hook where they are, and the crc32c of `about` and them; about None: it is known."""
+    crc = 0
+    if about is not None:
+        for array in (*about, *rows):
+            crc = extend_crc32c(array, crc)
+    return [pa.py_buffer(numbers) for numbers in rows], crc
 
 
 def as_json(value: Any) -> pa.Buffer:

@@ -8,12 +8,17 @@ once for all of them, as long as memory holds what lies between the first and th
 A client holds the window it is at and those after it that are there without a gap, nothing beyond: somebody who begins
 anew, or fell behind for good, stops nobody. Nor can clients wait for each other for ever: if all memory is held, then by one
 whose window is there, so it goes on, or stalls and is soon not counted any more. It loses its place here and nothing
-else, for what it is sent is a copy.
+else.
+
+Messages are of windows themselves (`lend`), not copies, which would cost a third of what Flight does. A window stays as long
+as such a message is on its way, so clients that stall could hold all memory: what is lent leaves room for two windows
+besides, and beyond that messages are copied.
 """
 
 import re
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -139,6 +144,7 @@ class Entry:
     """A window in memory. Whole once `layout` is there.
 
     following  the key of the window after it.    checksums  of messages made of it, by rank, world size, first row and rows.
+    n_lent     arrays of it that messages on their way are made of.
     """
 
     key: Key
@@ -148,6 +154,7 @@ class Entry:
     n_bytes: int
     layout: Layout | None = None
     n_users: int = 0
+    n_lent: int = 0
     own: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
     checksums: dict[tuple[int, int, int, int], int] = field(default_factory=dict)
 
@@ -274,6 +281,27 @@ class WindowCache:
         with self._changed:
             self._followers.had(client, entry.key, part, parts, entry.following)
 
+    def lend(self, entry: Entry, at: slice) -> list[NDArray[Any]] | None:
+        """Some rows of a window in use, per hook, not copied: it stays until these arrays are gone. None: copy them.
+
+        Whoever keeps a part of such an array has to keep the array itself.
+        """
+        with self._changed:
+            lent = sum(e.n_bytes for e in self._entries.values() if e.n_lent or e is entry)
+            largest = max((order.n_bytes for order in self._orders.values()), default=0)
+            if lent + 2 * largest > self.limit_bytes:
+                return None
+            found = [rows[at] for rows in entry.rows]
+            entry.n_lent += len(found)
+        for rows in found:
+            weakref.finalize(rows, self._returned, entry).atexit = False
+        return found
+
+    def _returned(self, entry: Entry) -> None:
+        with self._changed:
+            entry.n_lent -= 1
+            self._changed.notify_all()
+
     def prepare(self, order: Order, epoch: int, window: int) -> None:
         """Begin to decode a window that will be asked for soon, if there is room and all of it is committed."""
         key = (order.key, epoch, window)
@@ -361,7 +389,7 @@ class WindowCache:
         for key, entry in list(self._entries.items()):
             if self._used() + n_bytes <= self.limit_bytes:
                 break
-            if entry.n_users or not entry.fill.is_done or key in needed:
+            if entry.n_users or entry.n_lent or not entry.fill.is_done or key in needed:
                 continue
             del self._entries[key]
             self._free += [rows.reshape(-1).view(np.uint8) for rows in entry.rows]

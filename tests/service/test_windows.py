@@ -146,6 +146,29 @@ def test_a_client_that_stalls_is_not_waited_for(cache, time, make_order, n_windo
     assert stalled.had == fast.had
 
 
+def test_what_is_lent_stays_and_leaves_room_for_others(cache, time, make_order, n_windows):
+    """Of three and a half windows one may be lent for as long as a client stalls; it is not written to meanwhile."""
+    order = make_order(cache)
+
+    def lent(number):
+        with cache.use(order, 0, number, "stalled", lambda: False, 30) as entry:
+            return cache.lend(entry, slice(3, 40))
+
+    (rows,) = lent(0)
+    assert lent(1) is None, "two windows have to be left for others"
+    before, buffer, at = rows.copy(), pa.py_buffer(rows), (order.key, 0, 0)
+    del rows
+    run(cache, time, [Following(order, range(n_windows)) for _ in range(2)])
+    assert at in cache._entries
+    assert np.array_equal(np.frombuffer(buffer, before.dtype), before.reshape(-1))
+    assert cache.used_bytes <= cache.limit_bytes
+    del buffer
+    time.now += 2 * followers_module._IDLE_S
+    other = make_order(cache, seed=1)
+    run(cache, time, [Following(other, range(n_windows))])
+    assert at not in cache._entries
+
+
 def test_one_that_breaks_off_is_not_waited_for_at_all(cache, time, make_order, n_windows):
     order = make_order(cache)
     gone = Following(order, range(n_windows), name="gone")
