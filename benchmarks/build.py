@@ -3,9 +3,10 @@
     python benchmarks/build.py --work /tmp/build --out benchmarks/results/build.json
 
 Part "build": a model of Pythia-70m's shape with random weights, float32, all six layers captured as bfloat16. Every
-method runs between two forward passes over the same tokens and is compared with these, because a shared machine is not
-the same from one minute to the next. Where these two differ by more than 5 % something else was running: that round is
-written down like the others, and medians are of the steady ones. Rounds go on until there are enough of these:
+method runs between two forward passes over the same tokens. A shared machine is not the same from one minute to the next,
+and such a ratio may be off by a tenth; so a build is also compared with the forward passes inside it ("own"), which is off by
+half a hundredth. What these lose to hooks is in `null`. glibc is told to keep freed memory: what a pass faults in anew differs
+by chance from none to 0.7 GB, up to a fifth of its time.
 
     forward     the blocks alone: no hook, no head
     null        forward, and every vector at its row of a shard buffer, then nothing
@@ -21,6 +22,7 @@ Part "writer": one shard after the other of made-up rows, not synced, CPU second
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -51,7 +53,6 @@ from actcache.store.open import Catalog
 
 WIDTH, N_LAYERS, VOCAB = 512, 6, 50_304
 LAYERS = tuple(range(N_LAYERS))
-STEADY, MOST = 1.05, 3
 
 
 def pythia_70m(device: str, dtype: torch.dtype) -> Decoder:
@@ -185,20 +186,19 @@ def measure_build(arguments: argparse.Namespace) -> dict:
         bench.stages.clear()
         runs: list[dict] = []
         before = timed(bench.forward)
-        while sum(r["is_steady"] for r in runs) < arguments.rounds and len(runs) < MOST * arguments.rounds:
+        for _ in range(arguments.rounds):
             run, alone = timed(method), {}
             after = timed(bench.forward)
             if name != "null":
-                alone = {"encode": bench.encode(name), "disk": bench.disk()}
+                own = bench.stages[name][-1]["stage_s"]["forward"]
+                alone = {"own": own, "encode": bench.encode(name), "disk": bench.disk()}
             forward = {key: (before[key] + after[key]) / 2 for key in before}
-            is_steady = max(before["s"], after["s"]) <= STEADY * min(before["s"], after["s"])
             before = after
-            runs.append({"build": run, "forward": forward, **alone, "is_steady": is_steady})
+            runs.append({"build": run, "forward": forward, **alone})
             ratio = {key: run[key] / forward[key] for key in run}
-            print(
-                f"{name:6} {run['s']:6.2f} s, {'steady' if is_steady else 'disturbed'}; of forward: {ratio}",
-                flush=True,
-            )
+            if alone:
+                ratio["own"] = run["s"] / alone["own"]
+            print(f"{name:6} {run['s']:6.2f} s; of forward: {ratio}", flush=True)
         found[name] = summarised(runs) | {"stages": bench.stages.get(name)}
         print(json.dumps({k: v for k, v in found[name].items() if k.startswith("median")}), flush=True)
     return {
@@ -217,17 +217,24 @@ def timed(method: Callable[[], float]) -> dict[str, float]:
 
 
 def summarised(runs: list[dict]) -> dict:
-    """Medians of ratios within a steady round, and every number they come from."""
-    steady = [r for r in runs if r["is_steady"]] or runs
+    """Medians of ratios within a round, and every number they come from."""
     found: dict = {
-        f"median_{key}_over_forward": statistics.median(r["build"][key] / r["forward"][key] for r in steady)
+        f"median_{key}_over_forward": statistics.median(r["build"][key] / r["forward"][key] for r in runs)
         for key in ("s", "cpu_s")
     }
-    found |= {"n_steady": sum(r["is_steady"] for r in runs)}
     if "disk" in runs[0]:
-        slowest = [max(r["forward"]["s"], r["encode"], r["disk"]) / r["build"]["s"] for r in steady]
-        found["median_slowest_alone_over_build"] = statistics.median(slowest)
+        found["median_s_over_own_forward"] = statistics.median(r["build"]["s"] / r["own"] for r in runs)
+        slowest = [max(r["own"], r["encode"], r["disk"]) / r["build"]["s"] for r in runs]
+        found["median_slowest_over_build"] = statistics.median(slowest)
     return found | {"runs": runs}
+
+
+def keep_freed_memory() -> None:
+    """Where the allocator is glibc's: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, a GiB each."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter in (-1, -3):
+            mallopt(parameter, 1 << 30)
 
 
 def processor() -> str:
@@ -244,13 +251,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", default="build,writer")
-    parser.add_argument("--rounds", type=int, default=5, help="steady ones")
+    parser.add_argument("--rounds", type=int, default=5, help="of each method")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--shard-rows", type=int, default=4_096)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--methods", default="null,none,lz4,zstd,uint8", help='of part "build"')
+    keep_freed_memory()
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     found: dict = {}

@@ -50,6 +50,9 @@ class Admission(Protocol):
 class Presence:
     """The state of one producer, written every few seconds while it lives. One that does not end well leaves its last.
 
+    What it says is written at once, on a thread of its own: putting a file in another's place may take a disk 10 ms, in
+    which the model could run.
+
     facts  asked with every beat: `tokens_per_s`, `stage_s`, `n_committed`, `used_bytes`.
     """
 
@@ -65,7 +68,8 @@ class Presence:
     ) -> None:
         self._path, self._facts = disk.workspace / STATE, facts
         self._live = LocalLive(disk.root)
-        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._lock, self._is_closing = threading.Lock(), False
+        self._news = threading.Event()
         self._state = ProducerState(
             nonce=disk.nonce,
             n_shards=n_shards,
@@ -93,19 +97,22 @@ class Presence:
     def _say(self, **changes: Any) -> None:
         with self._lock:
             self._state = self._state.model_copy(update=changes)
-        self._write()
+        self._news.set()
 
     def _write(self) -> None:
+        facts = self._facts()
+        with self._lock:
+            changes = {"beat": self._state.beat + 1, "seen_at": now(), **facts}
+            self._state = state = self._state.model_copy(update=changes)
         try:
-            with self._lock:
-                changes = {"beat": self._state.beat + 1, "seen_at": now(), **self._facts()}
-                self._state = self._state.model_copy(update=changes)
-                replace_file(self._path, encode(self._state))
+            replace_file(self._path, encode(state))
         except OSError as error:  # to be seen is not worth stopping for
             logger.warning("the state of this producer could not be written: %s", error)
 
     def _beat(self) -> None:
-        while not self._closing.wait(BEAT_S):
+        while not self._is_closing:
+            self._news.wait(BEAT_S)
+            self._news.clear()
             self._write()
 
     def __enter__(self) -> Self:
@@ -117,7 +124,8 @@ class Presence:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._closing.set()
+        self._is_closing = True
+        self._news.set()
         self._thread.join()
         if error is None:
             return
@@ -125,6 +133,7 @@ class Presence:
             self._say(phase="stopped", reason="asked to stop")
         else:
             self._say(phase="failed", reason=f"{type(error).__name__}: {error}")
+        self._write()
         try:
             self._live.put(ended_file(self._state.rank), encode(self._state))  # the workspace goes
         except OSError as failed:

@@ -187,14 +187,18 @@ def test_a_producer_that_lives_is_waited_for_however_long(planned):
         def live() -> None:
             if time.now < 500:
                 presence.starts(4)
+                presence._write()
             elif time.now < 1000:
                 presence.blocked("no room for shard 4", ("b",))
+                presence._write()
 
         with follower_of(
             planned, time := Time(live), patience_s=100, on_wait=said.append, consumer="a"
         ) as follower:
             follower.on_starved = lambda: pytest.fail("it is not this one that is waited for")
-            presence._closing.set()  # no beats of its own
+            presence._is_closing = True  # no beats of its own
+            presence._news.set()
+            presence._thread.join()
             with pytest.raises(StalledError, match=r"has been silent for 10\d s"):
                 follower.wait_for([1])
         assert 1090 < time.now < 1110
