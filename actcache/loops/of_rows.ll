@@ -163,6 +163,7 @@ columns:
   %y = fadd <$step x float> %scaled, %offset.c
   %to = getelementptr $stored, ptr %rows, i64 %i
   $keep
+  store <$step x $stored> %kept, ptr %to, align 2
   %c.next = add i64 %c, $step
   %more.columns = icmp ult i64 %c.next, %d
   br i1 %more.columns, label %columns, label %row.end
@@ -216,5 +217,42 @@ block.end:
   %more.blocks = icmp ult i64 %after, %n
   br i1 %more.blocks, label %rows.of, label %done
 done:
+  ret void
+}
+
+; %n rows of %d numbers (float), rounded to the dtype, to the rows of %target whose numbers %slots are, around the caches; none
+; where that is negative. Rows of %target begin where a multiple of $step numbers of them does.
+define void @placed_$name(ptr %numbers, i64 %n, i64 %d, ptr %slots, ptr %target) {
+entry:
+  %is_empty = icmp eq i64 %n, 0
+  br i1 %is_empty, label %done, label %row
+row:
+  %r = phi i64 [ 0, %entry ], [ %r.next, %row.end ]
+  %slot.at = getelementptr i64, ptr %slots, i64 %r
+  %slot = load i64, ptr %slot.at
+  %is_one = icmp sge i64 %slot, 0
+  br i1 %is_one, label %one, label %row.end
+one:
+  %row.first = mul i64 %r, %d
+  %target.first = mul i64 %slot, %d
+  br label %columns
+columns:
+  %c = phi i64 [ 0, %one ], [ %c.next, %columns ]
+  %i = add i64 %row.first, %c
+  %from = getelementptr float, ptr %numbers, i64 %i
+  %y = load <$step x float>, ptr %from, align 4
+  %j = add i64 %target.first, %c
+  %to = getelementptr $stored, ptr %target, i64 %j
+  $keep
+  store <$step x $stored> %kept, ptr %to, align $aligned, !nontemporal !0
+  %c.next = add i64 %c, $step
+  %more.columns = icmp ult i64 %c.next, %d
+  br i1 %more.columns, label %columns, label %row.end
+row.end:
+  %r.next = add i64 %r, 1
+  %more.rows = icmp ult i64 %r.next, %n
+  br i1 %more.rows, label %row, label %done
+done:
+  fence seq_cst
   ret void
 }

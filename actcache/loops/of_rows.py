@@ -14,9 +14,10 @@ STEP = 16
 
 
 class _Stored(NamedTuple):
-    """How numbers of a dtype lie in memory: LLVM's type of one; floats %to from what lies at %from; %y to %to."""
+    """How numbers of a dtype lie in memory: LLVM's type of one; floats %to from what lies at %from; %kept, which %y becomes."""
 
     type: str
+    n_bytes: int
     load: tuple[str, ...]
     keep: tuple[str, ...]
 
@@ -24,22 +25,22 @@ class _Stored(NamedTuple):
 _STORED = {
     "float32": _Stored(
         "float",
+        4,
         ("%$to = load <$step x float>, ptr %$from, align 4",),
-        ("store <$step x float> %y, ptr %to, align 4",),
+        ("%kept = bitcast <$step x float> %y to <$step x float>",),
     ),
     "float16": _Stored(
         "half",
+        2,
         (
             "%$to.half = load <$step x half>, ptr %$from, align 2",
             "%$to = fpext <$step x half> %$to.half to <$step x float>",
         ),
-        (
-            "%y.half = fptrunc <$step x float> %y to <$step x half>",
-            "store <$step x half> %y.half, ptr %to, align 2",
-        ),
+        ("%kept = fptrunc <$step x float> %y to <$step x half>",),
     ),
     "bfloat16": _Stored(
         "i16",
+        2,
         (
             "%$to.upper = load <$step x i16>, ptr %$from, align 2",
             "%$to.wide = zext <$step x i16> %$to.upper to <$step x i32>",
@@ -53,8 +54,9 @@ _STORED = {
             "%y.tie = add <$step x i32> %y.is_odd, $halves",
             "%y.up = add <$step x i32> %y.bits, %y.tie",
             "%y.shifted = lshr <$step x i32> %y.up, $sixteens",
-            "%y.upper = trunc <$step x i32> %y.shifted to <$step x i16>",
-            "store <$step x i16> %y.upper, ptr %to, align 2",
+            "%y.rounded = trunc <$step x i32> %y.shifted to <$step x i16>",
+            "%y.is_nan = fcmp uno <$step x float> %y, %y",
+            "%kept = select <$step x i1> %y.is_nan, <$step x i16> $nans, <$step x i16> %y.rounded",
         ),
     ),
 }
@@ -68,6 +70,7 @@ class RowLoops(NamedTuple):
     codes    (rows, n, d, divisor, offset, codes).
     said     (codes, n, d, scale, offset, rows).
     errors   (rows, others, n, d, block, squares).
+    placed   (numbers, n, d, slots, target).
     """
 
     norms: Callable[..., None]
@@ -75,6 +78,7 @@ class RowLoops(NamedTuple):
     codes: Callable[..., None]
     said: Callable[..., None]
     errors: Callable[..., None]
+    placed: Callable[..., None]
 
 
 @cache
@@ -87,7 +91,8 @@ def row_loops() -> dict[str, RowLoops]:
     declared = (
         f"declare float @llvm.sqrt.f32(float)\ndeclare {numbers} @llvm.roundeven.v{STEP}f32({numbers})\n"
     )
-    engine = Engine(declared + "".join(_text(dtype) for dtype in _STORED))
+    around_caches = "\n!0 = !{i32 1}\n"
+    engine = Engine(declared + "".join(_text(dtype) for dtype in _STORED) + around_caches)
     of_one = [POINTER, INTEGER, INTEGER]
     return {
         dtype: RowLoops(
@@ -96,6 +101,7 @@ def row_loops() -> dict[str, RowLoops]:
             engine.loop(f"codes_{dtype}", None, *of_one, *[POINTER] * 3),
             engine.loop(f"said_{dtype}", None, *of_one, *[POINTER] * 3),
             engine.loop(f"errors_{dtype}", None, POINTER, *of_one, INTEGER, POINTER),
+            engine.loop(f"placed_{dtype}", None, *of_one, POINTER, POINTER),
         )
         for dtype in _STORED
     }
@@ -114,7 +120,12 @@ def _text(dtype: str) -> str:
     def lines(several: tuple[str, ...], **names: str) -> str:
         text = "\n  ".join(several)
         return Template(text).substitute(
-            step=STEP, sixteens=_same("i32", 16), ones=_same("i32", 1), halves=_same("i32", 0x7FFF), **names
+            step=STEP,
+            sixteens=_same("i32", 16),
+            ones=_same("i32", 1),
+            halves=_same("i32", 0x7FFF),
+            nans=_same("i16", 0x7FC0),
+            **names,
         )
 
     return Template(text_of("of_rows.ll")).substitute(
@@ -124,6 +135,7 @@ def _text(dtype: str) -> str:
         load=lines(stored.load, **{"to": "x", "from": "from"}),
         load_other=lines(stored.load, **{"to": "other", "from": "other.from"}),
         keep=lines(stored.keep),
+        aligned=STEP * stored.n_bytes,
         most=_same("float", 255.0),
         total="\n  ".join(_folded("%sum.next", STEP)),
     )

@@ -13,6 +13,7 @@ from actcache.errors import DamageError
 from actcache.model import Decoder
 from actcache.producer.clock import Clock
 from actcache.producer.inputs import ModelInputs
+from actcache.producer.placing import Places
 from actcache.producer.staging import CudaCopier, Direct, Filling, Staged, Transfer
 from actcache.store.mixing import Mixed, mix
 from actcache.store.open import CaptureCatalog, Catalog
@@ -175,21 +176,14 @@ class Forward:
             for c in captures
             for i, layer in enumerate(c.capture.layers)
         }
-        is_stored = rows >= 0
-        stored = None if bool(is_stored.all()) else torch.nonzero(is_stored).reshape(-1)
-        if stored is not None:
-            rows = rows[stored]
+        places, rounds_first = Places(rows), not self._transfer.takes_any_dtype
 
         def hand_over(hook: str, layer: int, acts_qtd: Tensor) -> None:
-            target, flat = targets[hook, layer], acts_qtd.reshape(-1, acts_qtd.shape[-1])
-            if stored is not None:
-                flat = flat[stored.to(flat.device)]
-            self._transfer.put(
-                flat.to(target.dtype).contiguous(), lambda vectors: _put(target, rows, vectors), filling
-            )
+            target, acts_nd = targets[hook, layer], acts_qtd.reshape(-1, acts_qtd.shape[-1])
+            if rounds_first:
+                stored = places.stored(acts_nd).to(target.dtype).contiguous()
+                self._transfer.put(stored, lambda vectors: places.put_stored(target, vectors), filling)
+            else:
+                self._transfer.put(acts_nd, lambda vectors: places.put(target, vectors), filling)
 
         return hand_over
-
-
-def _put(target: Tensor, rows: Tensor, vectors: Tensor) -> None:
-    target.index_copy_(0, rows, vectors)

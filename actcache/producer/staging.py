@@ -56,10 +56,15 @@ class Filling:
 
 
 class Transfer(Protocol):
-    """Takes vectors off the device. `put` may return before they are in place, and waits where there is no room."""
+    """Takes vectors off the device. `put` may return before they are in place, and waits where there is no room.
+
+    takes_any_dtype  not only the one they are stored in.
+    """
+
+    takes_any_dtype: bool
 
     def put(self, acts_nd: Tensor, place: Place, filling: Filling) -> None:
-        """Put vectors [n, d], in the dtype they are stored in, to their rows."""
+        """Put vectors [n, d] to their rows."""
         ...
 
     def close(self) -> None:
@@ -69,6 +74,8 @@ class Transfer(Protocol):
 
 class Direct:
     """On a CPU: the vectors are in host memory already."""
+
+    takes_any_dtype = True
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -129,6 +136,8 @@ class Staged:
         n_threads: that put vectors from a slot to their rows.
         clock: counts the seconds of "copy" (waiting for one) and "scatter".
     """
+
+    takes_any_dtype = False
 
     def __init__(self, copier: Copier, slot_bytes: int, n_slots: int, n_threads: int, clock: Clock) -> None:
         self._copier, self._clock = copier, clock
