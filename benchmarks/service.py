@@ -8,11 +8,13 @@ The server is a process of its own. In every round, one after the other and each
     flight             a window's messages, ready in memory, received and put where a window would have them: what Flight
                        does alone, in one stream and in two at once; the better of the two is the ceiling ratios are of
     flight, one        likewise one message again and again, which never leaves the processor's cache
-    shared             windows that are decoded already: what a second trainer or rank on the same order gets
-    served             windows decoded for this client alone
+    shared             windows that are decoded already, read where they are in the server's memory, as a client on its machine
+                       does: what a second trainer or rank on the same order gets
+    served             likewise windows decoded for this client alone
     served x 2, x 4    as many clients at once on one order, each in a process of its own: all their rows together
 
-and flight, shared and served once more over TLS. `cpu_s_per_gb` counts both processes. On a machine with few cores the
+and shared and served once more with rows sent over the connection, as from another machine ("sent"), and flight, shared and
+served over TLS ("TLS"). `cpu_s_per_gb` counts both processes. On a machine with few cores the
 server's decoding and the two ends of Flight share them; `served` cannot then reach `local`, which has them for itself.
 """
 
@@ -61,8 +63,8 @@ class Alone(flight.FlightServerBase):
         rows = np.random.default_rng(0).integers(0, 1 << 16, (WINDOW // n, n, WIDTH), dtype=np.uint16)
         self._schema = wire.schema_of([("resid_post", ROW_BYTES, "bfloat16")])
         numbers = np.arange(n)
-        about = numbers.astype(np.uint32), numbers.astype(np.int32), numbers
-        self._batches = [wire.message(self._schema, *about, [pa.py_buffer(some)]) for some in rows]
+        about = [numbers.astype(np.uint32), numbers.astype(np.int32), numbers]
+        self._batches = [wire.message(self._schema, about, [pa.py_buffer(some)]) for some in rows]
 
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.FlightDataStream:  # noqa: ARG002
         """Messages numbered from one to another, as the ticket says; only the first of the window, where it says so."""
@@ -152,8 +154,11 @@ def _cpu_s(pid: int) -> float:
 
 
 def several(n: int, url: str, seconds: float, pid: int) -> dict[str, float]:
-    """Several clients at once on one order, each a process of its own, measured when all are under way."""
-    command = [sys.executable, __file__, "--client", url, "--seconds", str(seconds)]
+    """Several clients at once on one order, each a process of its own, measured when all are under way.
+
+    As many times longer as there are of them: a window takes its time, and a part of one counts for nothing.
+    """
+    command = [sys.executable, __file__, "--client", url, "--seconds", str(n * seconds)]
     clients = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(n)
     ]
@@ -172,18 +177,20 @@ def several(n: int, url: str, seconds: float, pid: int) -> dict[str, float]:
 
 
 def be_a_client(url: str, seconds: float) -> None:
-    """One of `several`."""
-    with _stream(url, None, seed=0) as stream:
+    """One of `several`; goes on while it waits for the others, which would leave it behind."""
+    with _stream(url, None, seed=0) as stream, ThreadPoolExecutor(1) as pool:
         consume(stream, BEGUN_S)
         print("ready", flush=True)
-        sys.stdin.readline()
+        told = pool.submit(sys.stdin.readline)
+        while not told.done():
+            consume(stream, 0.1)
         before = time.process_time()
         n_rows = consume(stream, seconds)
         print(json.dumps({"rows": n_rows, "cpu_s": time.process_time() - before}), flush=True)
 
 
-def _stream(url: str, ca: bytes | None, seed: int = 0, epochs: int | None = None) -> Any:
-    store = actcache.open(url, {"ca": ca} if ca else None)
+def _stream(url: str, options: dict[str, Any] | None, seed: int = 0, epochs: int | None = None) -> Any:
+    store = actcache.open(url, options)
     return store.stream(batch_size=BATCH, window_rows=WINDOW, epochs=epochs, seed=seed, threads=2)
 
 
@@ -210,7 +217,11 @@ class Bench:
         self._seeds = iter(range(1, 10**6))
         plain, secure, alone, alone_secure = said["ports"]
         ca = said["ca"].encode()
-        self.ways, self._bare = _ways(plain, secure, ca), _ways(alone, alone_secure, ca)
+        self.ways = _ways(plain, secure, ca)
+        self._bare = {
+            "": (f"grpc://127.0.0.1:{alone}", None),
+            " TLS": (f"grpc+tls://127.0.0.1:{alone_secure}", ca),
+        }
         self._windows = list(np.ones((2, WINDOW, WIDTH), np.uint16))  # touched before
 
     def _note(self, name: str, work: Callable[[], int]) -> None:
@@ -222,22 +233,22 @@ class Bench:
 
     def warm_up(self) -> None:
         """Memory that a process uses for the first time is slow to come by."""
-        for location, pem in self.ways.values():
+        for location, options in self.ways.values():
             url = f"{location}/{self.args.codecs[0]}.zarr"
-            with _stream(url, pem, seed=next(self._seeds)) as stream:
+            with _stream(url, options, seed=next(self._seeds)) as stream:
                 consume(stream, self.args.warm_up)
 
     def round(self) -> None:
         """Everything once, one after the other."""
-        for tls in self.ways:
+        for tls in self._bare:
             for n in (1, 2):
                 for differ, name in ((True, f"flight{tls} x {n}"), (False, f"flight{tls}, one x {n}")):
                     self._note(name, partial(self._receive, tls, n, differ=differ))
         for codec in self.args.codecs:
             self._local(codec)
             for measure_one in (self._shared, self._served):
-                for tls in self.ways:
-                    measure_one(codec, tls)
+                for way in self.ways:
+                    measure_one(codec, way)
             for n in (2, 4):
                 url = f"{self.ways[''][0]}/{codec}.zarr"
                 self._keep(f"{codec} served x {n}", several(n, url, self.args.seconds, self.pid))
@@ -250,38 +261,45 @@ class Bench:
             consume(stream, BEGUN_S)
             self._note(f"{codec} local", lambda: consume(stream, self.args.seconds))
 
-    def _served(self, codec: str, tls: str) -> None:
-        location, pem = self.ways[tls]
-        with _stream(f"{location}/{codec}.zarr", pem, seed=next(self._seeds)) as stream:
+    def _served(self, codec: str, way: str) -> None:
+        location, options = self.ways[way]
+        with _stream(f"{location}/{codec}.zarr", options, seed=next(self._seeds)) as stream:
             consume(stream, BEGUN_S)
-            self._note(f"{codec} served{tls}", lambda: consume(stream, self.args.seconds))
+            self._note(f"{codec} served{way}", lambda: consume(stream, self.args.seconds))
 
-    def _shared(self, codec: str, tls: str) -> None:
-        location, pem = self.ways[tls]
-        with _stream(f"{location}/{codec}.zarr", pem, epochs=1) as stream:
+    def _shared(self, codec: str, way: str) -> None:
+        location, options = self.ways[way]
+        with _stream(f"{location}/{codec}.zarr", options, epochs=1) as stream:
             for _again in range(
                 2
             ):  # fits the server's memory, once it keeps no window for clients that have gone
                 for _batch in stream:
                     pass
                 stream.set_epoch(0)
-            self._note(f"{codec} shared{tls}", lambda: consume(stream, self.args.seconds))
+            self._note(f"{codec} shared{way}", lambda: consume(stream, self.args.seconds))
 
 
-def _ways(plain: int, secure: int, ca: bytes) -> dict[str, tuple[str, bytes | None]]:
-    return {"": (f"grpc://127.0.0.1:{plain}", None), " TLS": (f"grpc+tls://127.0.0.1:{secure}", ca)}
+def _ways(plain: int, secure: int, ca: bytes) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Where the service is, and options: rows read where they are, sent, and sent over TLS."""
+    sent = {"shared_memory": False}
+    return {
+        "": (f"grpc://127.0.0.1:{plain}", {}),
+        " sent": (f"grpc://127.0.0.1:{plain}", sent),
+        " TLS": (f"grpc+tls://127.0.0.1:{secure}", sent | {"ca": ca}),
+    }
 
 
 def ratios(codecs: list[str], medians: dict[str, dict[str, float]]) -> dict[str, float]:
     """Rows a second of what is served, over those of the local stream and of Flight alone."""
     found = {}
     for codec in codecs:
-        for tls in ("", " TLS"):
+        for way in ("", " sent", " TLS"):
+            tls = way if way == " TLS" else ""
             ceiling = max(medians[f"flight{tls} x {n}"]["rows_per_s"] for n in (1, 2))
             for what in ("shared", "served"):
-                mine = medians[f"{codec} {what}{tls}"]["rows_per_s"]
-                found[f"{codec} {what}{tls} / local"] = mine / medians[f"{codec} local"]["rows_per_s"]
-                found[f"{codec} {what}{tls} / flight{tls}"] = mine / ceiling
+                mine = medians[f"{codec} {what}{way}"]["rows_per_s"]
+                found[f"{codec} {what}{way} / local"] = mine / medians[f"{codec} local"]["rows_per_s"]
+                found[f"{codec} {what}{way} / flight{tls}"] = mine / ceiling
     return found
 
 

@@ -7,7 +7,7 @@ again, after a restart of either side, is known again with its next request.
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-_IDLE_S = 5.0
+IDLE_S = 5.0
 """A client that asked for nothing for so long holds up nobody. A message takes far less, even of four clients on two cores."""
 
 Key = tuple[str, int, int]
@@ -57,6 +57,6 @@ class Followers:
 
     def places(self) -> list[Key]:
         """Where those are that were heard of."""
-        oldest = self._clock() - _IDLE_S
+        oldest = self._clock() - IDLE_S
         self._known = {client: found for client, found in self._known.items() if found.heard > oldest}
         return [found.at for found in self._known.values()]

@@ -67,6 +67,7 @@ def parse_address(url: str) -> Address:
 class Credentials:
     """How a client proves who it is, and what it trusts.
 
+    shared_memory  rows from a service on this machine may come through memory.
     token  sent with every call.    ca  PEM, who signed the server's certificate; None: whom this system trusts.
     cert, key  PEM, this client's own (mTLS).    server_name  in the server's certificate, where the address is another.
     """
@@ -76,11 +77,12 @@ class Credentials:
     cert: bytes | None = None
     key: bytes | None = field(default=None, repr=False)
     server_name: str | None = None
+    shared_memory: bool = True
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Credentials":
         """From `storage_options`, where certificates may be given by their files; UsageError for what is not known."""
-        known = {"token", "ca", "cert", "key", "server_name"}
+        known = {"token", "ca", "cert", "key", "server_name", "shared_memory"}
         if set(options) - known:
             raise UsageError(
                 f"storage_options {sorted(set(options) - known)}: for a service there are {', '.join(sorted(known))}"
@@ -114,6 +116,8 @@ class Link:
             [] if credentials.token is None else [(b"authorization", b"Bearer " + credentials.token.encode())]
         )
         self._heard = 0.0
+        self.is_near = credentials.shared_memory and _is_local(location)
+        """Whether its memory may be within reach."""
 
     def _connected(self) -> flight.FlightClient:
         with self._lock:
@@ -165,10 +169,13 @@ class Link:
     def messages(
         self,
         ticket_of: Callable[[], bytes | None],
-        take: Callable[[pa.RecordBatch, dict[str, Any]], None],
+        take: Callable[[pa.RecordBatch, dict[str, Any]], bool],
         hold: "Hold",
     ) -> None:
-        """Hand messages to `take` until `ticket_of`, asked before every call and after every break, says None."""
+        """Hand messages to `take` until `ticket_of`, asked before every call and after every break, says None.
+
+        take  says whether more of this call is wanted.
+        """
 
         def attempt(client: flight.FlightClient) -> bool:
             ticket = ticket_of()
@@ -179,8 +186,11 @@ class Link:
             hold.reader = reader
             try:
                 for batch, said in _chunks(reader):
-                    take(batch, said)
+                    is_more_wanted = take(batch, said)
                     self._heard = time.monotonic()
+                    if not is_more_wanted:
+                        reader.cancel()
+                        break
             finally:
                 hold.reader = None
             return False

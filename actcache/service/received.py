@@ -1,4 +1,4 @@
-"""Windows that a service decoded, landing here: each message checked."""
+"""Windows that a service decoded, landing here: from messages, each checked, or from the memory of a service on this machine."""
 
 import secrets
 import threading
@@ -17,7 +17,9 @@ from actcache.reader.layout import Lane, Layout
 from actcache.reader.scatter import Target
 from actcache.reader.selection import Delivery, Selection
 from actcache.service.link import Hold, Link
+from actcache.service.near import OthersMemory, Where
 from actcache.service.wire import (
+    MEMORY,
     WAITING,
     WindowTicket,
     checksum,
@@ -52,7 +54,7 @@ class _Part(NamedTuple):
     reader: _Rows
     lane: Lane
     slots: NDArray[np.int64]
-    chosen: None = None
+    chosen: NDArray[np.int64] | None = None
 
 
 class _Received:
@@ -79,6 +81,31 @@ class _Received:
         raise AssertionError(number)
 
 
+class _Read:
+    """The parts of a window in another process's memory, one after the other: `columns` numbers of a dtype in a row."""
+
+    def __init__(
+        self, memory: OthersMemory, pieces: list["_Part"], first_rows: list[int], n_rows: int
+    ) -> None:
+        self._memory, self._pieces, self._first_rows, self._n_rows = memory, pieces, first_rows, n_rows
+
+    def bring(self, target: Target) -> int:  # noqa: ARG002 - not by a compiled loop
+        """None."""
+        return 0
+
+    def rows_of(self, number: int, out: NDArray[Any] | None) -> NDArray[Any]:
+        """Rows of a part: in `out`, where there is one."""
+        kind, first = self._pieces[number].reader, self._first_rows[number]
+        found = np.empty(kind.shape, kind.dtype) if out is None else out
+        found = found[: min(kind.shape[0], self._n_rows - first)]
+        self._memory.read(first * kind.shape[1] * kind.dtype.itemsize, found.reshape(-1).view(np.uint8))
+        return found
+
+    def codes_of(self, number: int) -> Quantised:
+        """A service sends no codes."""
+        raise AssertionError(number)
+
+
 class ServedFill:
     """A window on its way from a service, in parts that come at once."""
 
@@ -97,6 +124,7 @@ class ServedFill:
         self._layer = np.empty(0, np.int16)
         self._n_slots, self._n_own = 0, -1
         self._n_landed, self._n_running = [0] * _PARTS, _PARTS
+        self._is_near = source.link.is_near
         for part in range(_PARTS):
             source.pool.submit(self._run, part)
 
@@ -137,13 +165,14 @@ class ServedFill:
         landed = self._n_landed[part]
         if self._n_own >= 0 and landed == len(self._part(part)):
             return None
-        return self._source.ticket(*self._at, part, landed)
+        return self._source.ticket(*self._at, part, landed, near=self._is_near)
 
-    def _take(self, part: int, batch: pa.RecordBatch, said: dict[str, Any]) -> None:
+    def _take(self, part: int, batch: pa.RecordBatch, said: dict[str, Any]) -> bool:
+        """Take a message; says whether another one of this call is wanted."""
         if self.error is not None:
             raise self.error
         if WAITING in said:
-            return
+            return True
         begun = perf_counter()
         with self._lock:
             if self._n_own < 0:
@@ -165,8 +194,42 @@ class ServedFill:
             raise DamageError(
                 f"a message of {self._name} from {self._source.link.location} was altered on the way"
             )
+        if MEMORY in said and not self._reads(range(first, first + n), said[MEMORY]):
+            self._is_near, self._n_landed[part] = False, 0
+            return False
         self._n_landed[part] += n
-        self._counters.add(scatter_s=perf_counter() - begun, row_bytes=batch.nbytes, read_bytes=batch.nbytes)
+        n_bytes = n * self._source.row_bytes
+        self._counters.add(scatter_s=perf_counter() - begun, row_bytes=n_bytes, read_bytes=n_bytes)
+        return MEMORY not in said or self._n_landed[part] < len(mine)
+
+    def _reads(self, own: range, said: list[list[int]] | None) -> bool:
+        """Bring some of this rank's rows to their place from the service's memory; False where it cannot be read, or not any more."""
+        try:
+            for buffer, where in enumerate(said or ()):
+                with OthersMemory(Where(*where)) as memory:
+                    self._read(buffer, own, memory)
+                    if not memory.is_as_told:
+                        return False
+        except OSError:  # another container, another user, or too late
+            self._source.link.is_near = False
+            return False
+        return said is not None
+
+    def _read(self, buffer: int, own: range, memory: OthersMemory) -> None:
+        per_part, width = self._source.rows_per_part, self._source.widths[buffer]
+        kind, lane = _Rows((per_part, width), self._source.dtypes[buffer]), Lane(buffer, 0, 0)
+        slots = self._slot[own.start : own.stop]
+        edges = np.arange(0, self._n_slots + per_part, per_part)
+        cuts = np.searchsorted(slots, edges).tolist()
+        pieces, first_rows = [], []
+        for first, start, stop in zip(edges.tolist(), cuts, cuts[1:], strict=False):
+            if start < stop:
+                chosen = slots[start:stop] - first
+                are_first = int(chosen[-1]) == stop - start - 1
+                to = np.arange(own.start + start, own.start + stop)
+                pieces.append(_Part(kind, lane, to, None if are_first else chosen))
+                first_rows.append(first)
+        self.window.land(pieces, _Read(memory, pieces, first_rows, self._n_slots))
 
     def _land(self, buffer: int, column: pa.Array, first: int, crc: int) -> int:
         dtype, per_part = self._source.dtypes[buffer], self._source.rows_per_part
@@ -202,7 +265,7 @@ class ServedFill:
 class ServedWindows:
     """`WindowSource`: a service decodes, this process lands what comes.
 
-    dtypes  of the hooks, on disk.    rows_per_part  rows that land together.
+    dtypes, widths  of the hooks, as they land.    rows_per_part  rows that land together.    row_bytes  of all hooks.
     """
 
     def __init__(
@@ -211,6 +274,11 @@ class ServedWindows:
         self.link = link
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="actcache-link")
         self.dtypes = [disk_dtype(found.capture.dtype) for found in captures]
+        self.widths = [
+            found.capture.width * (1 if selection.stack == "data" else len(selection.layers))
+            for found in captures
+        ]
+        self.row_bytes = sum(n * dtype.itemsize for n, dtype in zip(self.widths, self.dtypes, strict=True))
         n_stacked = 1 if selection.stack == "data" else len(selection.layers)
         self.rows_per_part = max(1, captures[0].plan.grid.rows_per_chunk // n_stacked)
         self._draft = WindowTicket(
@@ -227,9 +295,9 @@ class ServedWindows:
         )
         self._fills: list[ServedFill] = []
 
-    def ticket(self, epoch: int, window: int, part: int, first: int) -> bytes:
-        """Asks for this rank's rows of a window: those of a part, from the `first`-th on."""
-        asked = {"epoch": epoch, "window": window, "part": part, "first": first}
+    def ticket(self, epoch: int, window: int, part: int, first: int, *, near: bool = False) -> bytes:
+        """Asks for this rank's rows of a window: those of a part, from the `first`-th on; near: for where all of them are."""
+        asked = {"epoch": epoch, "window": window, "part": part, "first": 0 if near else first, "near": near}
         return self._draft.model_copy(update=asked).encode()
 
     def begin(self, into: Window, epoch: int, window: int, counters: Counters) -> ServedFill:

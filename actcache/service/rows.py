@@ -1,4 +1,4 @@
-"""Rows of a window as messages, each with what is said of it and its checksum."""
+"""Rows of a window as messages, each with what is said of it and its checksum; or where they are, for a client nearby."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,12 +9,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from actcache.errors import UsageError
+from actcache.reader.layout import Layout
 from actcache.service.memory import PAGE, Memory
 from actcache.service.numbers import Numbers
 from actcache.service.windows import Entry, Order, WindowCache
 from actcache.service.wire import (
+    MEMORY,
     MESSAGE_BYTES,
     MESSAGES_PER_CALL,
+    NEAR,
+    NEAR_ROW_BYTES,
     WAITING,
     WindowTicket,
     message,
@@ -33,12 +37,12 @@ def messages(
     cache: WindowCache, order: Order, asked: WindowTicket, is_over: Callable[[], bool], numbers: Numbers
 ) -> Iterator[tuple[pa.RecordBatch, pa.Buffer]]:
     """The next rows that a ticket asks for, as many as a call may bring; and, while there are none yet, signs of life."""
-    per_message = max(1, MESSAGE_BYTES // sum(s.width * s.dtype.itemsize for s in order.filling.shapes))
+    per_message = max(1, MESSAGE_BYTES // order.row_bytes)
     n_sent, first, is_last = 0, asked.first, False
     with cache.call(asked.client) as client:
         while n_sent < MESSAGES_PER_CALL and not is_last and not is_over():
             with cache.use(order, asked.epoch, asked.window, client, is_over, _SIGN_S) as entry:
-                cut = None if entry is None else _cut(cache, order, entry, asked, first, per_message)
+                cut = None if entry is None else _cut(order, entry, asked, first, per_message)
                 is_last = cut is not None and cut[2]
                 if entry is not None and is_last:
                     cache.had(client, entry, asked.part, asked.parts)
@@ -53,7 +57,7 @@ def messages(
 
 
 def _cut(
-    cache: WindowCache, order: Order, entry: Entry, asked: WindowTicket, first: int, per_message: int
+    order: Order, entry: Entry, asked: WindowTicket, first: int, per_message: int
 ) -> tuple[pa.RecordBatch, dict[str, Any], bool]:
     """The next rows of the part that is asked for; what is said of them; whether they are its last."""
     slots, layout = entry.own_slots(asked.rank, asked.world_size), entry.layout
@@ -65,18 +69,62 @@ def _cut(
         )
     chosen = part[first : first + per_message]
     mine = slots[chosen.start : chosen.stop]
-    is_run = asked.world_size == 1 and len(mine) > 0
-    at: Any = slice(int(mine[0]), int(mine[-1]) + 1) if is_run else mine
-    slot, layer, row = mine.astype(np.uint32), layout.layer[at].astype(np.int32), layout.row[at]
+    at, about = _about(layout, mine, is_run=asked.world_size == 1)
     which = (asked.rank, asked.world_size, chosen.start, len(mine))
     crc = entry.checksums.get(which)  # others ask for the same
-    about = None if crc is not None else [slot, layer, row]
-    lent = cache.lend(entry, at) if is_run else None
-    rows, found = _copied(entry.rows, at, len(mine), about) if lent is None else _as_they_are(lent, about)
+    rows, found = _copied(entry.rows, at, len(mine), about if crc is None else None)
     entry.checksums[which] = found if crc is None else crc
     said = {"first": chosen.start, "n_own": len(slots), "n_slots": len(layout.partition)}
     said["crc32c"] = entry.checksums[which]
-    return message(order.schema, slot, layer, row, rows), said, first + len(mine) >= len(part)
+    return message(order.schema, about, rows), said, first + len(mine) >= len(part)
+
+
+def _about(layout: Layout, slots: NDArray[np.int64], *, is_run: bool) -> tuple[Any, list[NDArray[Any]]]:
+    """What chooses the rows of some slots, which follow each other where `is_run`; and their slot, layer and number."""
+    at: Any = slice(int(slots[0]), int(slots[-1]) + 1) if is_run and len(slots) else slots
+    return at, [slots.astype(np.uint32), layout.layer[at].astype(np.int32), layout.row[at]]
+
+
+def places(
+    cache: WindowCache, order: Order, asked: WindowTicket, is_over: Callable[[], bool], numbers: Numbers
+) -> Iterator[tuple[pa.RecordBatch, pa.Buffer]]:
+    """Where the rows that a ticket asks for are in this machine's memory; ends when the client has read them, and ends the call."""
+    with cache.call(asked.client) as client:
+        entry: Entry | None = None
+        until = 0.0
+        while entry is None and not is_over():
+            with cache.use(order, asked.epoch, asked.window, client, is_over, _SIGN_S) as entry:
+                if entry is not None:
+                    until = cache.keep(client, entry)
+            if entry is None:
+                yield pa.RecordBatch.from_pylist([], schema=NEAR), as_json({WAITING: True})
+        if entry is None:
+            return
+        try:
+            cache.prepare(order, asked.epoch, asked.window + 1)
+            for found, said in _told(entry, asked):
+                numbers.add(rows=found.num_rows, row_bytes=found.num_rows * order.row_bytes)
+                yield found, as_json(said)
+            cache.wait(until, is_over)
+            cache.had(client, entry, asked.part, asked.parts)
+        finally:
+            cache.done_with(client, entry)
+
+
+def _told(entry: Entry, asked: WindowTicket) -> Iterator[tuple[pa.RecordBatch, dict[str, Any]]]:
+    slots, layout = entry.own_slots(asked.rank, asked.world_size), entry.layout
+    assert layout is not None
+    part = part_of(len(slots), asked.part, asked.parts)
+    memory = [found.where() for found in entry.memory]
+    said = {"n_own": len(slots), "n_slots": len(layout.partition), MEMORY: None if None in memory else memory}
+    per_message = MESSAGE_BYTES // NEAR_ROW_BYTES
+    for first in range(part.start, max(part.stop, part.start + 1), per_message):
+        mine = slots[first : min(first + per_message, part.stop)]
+        _at, about = _about(layout, mine, is_run=asked.world_size == 1)
+        crc = 0
+        for array in about:
+            crc = extend_crc32c(array, crc)
+        yield message(NEAR, about, []), said | {"first": first, "crc32c": crc}
 
 
 def _copied(
@@ -105,15 +153,6 @@ def _copied(
                 crc = extend_crc32c(block, crc)
     whole = pa.py_buffer(memory)
     return [whole.slice(start, size) for start, size in zip(starts, sizes, strict=True)], crc
-
-
-def _as_they_are(rows: list[NDArray[Any]], about: list[NDArray[Any]] | None) -> tuple[list[pa.Buffer], int]:
-    """Rows per hook where they are, and the crc32c of `about` and them; about None: it is known."""
-    crc = 0
-    if about is not None:
-        for array in (*about, *rows):
-            crc = extend_crc32c(array, crc)
-    return [pa.py_buffer(numbers) for numbers in rows], crc
 
 
 def as_json(value: Any) -> pa.Buffer:

@@ -21,11 +21,12 @@ from pyarrow import flight
 from actcache.errors import ActcacheError, CursorError, NotFoundError, UnreachableError, UsageError
 from actcache.service.access import Access
 from actcache.service.numbers import Numbers
-from actcache.service.rows import as_json, messages
+from actcache.service.rows import as_json, messages, places
 from actcache.service.shelf import Served, Shelf, check_key
 from actcache.service.windows import Order, WindowCache
 from actcache.service.wire import (
     MESSAGE_BYTES,
+    NEAR,
     NamesRequest,
     PutRequest,
     ReadRequest,
@@ -133,11 +134,13 @@ class Server(flight.FlightServerBase):
         with self._answering("do_get", context):
             asked: WindowTicket = parse(WindowTicket, ticket.ticket)
             order = self._order(asked)
-        return flight.GeneratorStream(order.schema, self._rows(context, order, asked))
+        schema = NEAR if asked.near else order.schema
+        return flight.GeneratorStream(schema, self._rows(context, order, asked))
 
     def _rows(self, context: Any, order: Order, asked: WindowTicket) -> Iterator[Any]:
         with self._answering("do_get rows", context) as is_over:
-            yield from messages(self.cache, order, asked, is_over, self.numbers)
+            answer = places if asked.near else messages
+            yield from answer(self.cache, order, asked, is_over, self.numbers)
 
     def _order(self, asked: WindowTicket) -> Order:
         served = self.shelf.open(asked.store)

@@ -10,15 +10,13 @@ anew, or fell behind for good, stops nobody. Nor can clients wait for each other
 whose window is there, so it goes on, or stalls and is soon not counted any more. It loses its place here and nothing
 else.
 
-Messages are of windows themselves (`lend`), not copies, which would cost a third of what Flight does. A window stays as long
-as such a message is on its way, so clients that stall could hold all memory: what is lent leaves room for two windows
-besides, and beyond that messages are copied.
+A client on the same machine reads windows where they are (see near.py). One that it was told of is kept for it (`keep`)
+until it has read, or for some seconds; after that it will notice that it was too slow, and ask for messages.
 """
 
 import re
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -34,10 +32,10 @@ from actcache.reader.buffers import HostWindow
 from actcache.reader.filling import Filling
 from actcache.reader.follow import Follower
 from actcache.reader.layout import Layout
-from actcache.reader.scatter import aligned_empty
 from actcache.reader.selection import Delivery, Selection, parse_shards
 from actcache.reader.window import Fill
-from actcache.service.followers import Followers, Key
+from actcache.service.followers import IDLE_S, Followers, Key
+from actcache.service.near import Shareable
 from actcache.service.shelf import Served
 from actcache.service.wire import schema_of, selection_json
 from actcache.store.open import CaptureCatalog
@@ -53,7 +51,7 @@ _LAYOUT_BYTES_PER_ROW = 34
 class Order:
     """One order of one store, as many clients as like may read in it.
 
-    key  digest of the data and the selection.    n_bytes  of a window in memory.
+    key  digest of the data and the selection.    n_bytes  of a window in memory.    row_bytes  of a row of all hooks.
     """
 
     def __init__(self, served: Served, selection: Selection, threads: int) -> None:
@@ -72,6 +70,7 @@ class Order:
             kept=kept,
             shards=np.array(shards, np.int64),
         )
+        self.row_bytes = sum(shape.width * shape.dtype.itemsize for shape in self.filling.shapes)
         self.n_bytes = sum(shape.n_bytes for shape in self.filling.shapes)
         self.n_bytes += self.filling.shapes[0].n_rows * _LAYOUT_BYTES_PER_ROW
         self.schema: pa.Schema = schema_of(
@@ -144,17 +143,18 @@ class Entry:
     """A window in memory. Whole once `layout` is there.
 
     following  the key of the window after it.    checksums  of messages made of it, by rank, world size, first row and rows.
-    n_lent     arrays of it that messages on their way are made of.
+    memory     per hook, what rows are in.    kept  until when, for clients that read it there.
     """
 
     key: Key
     following: Key
     fill: Fill
+    memory: list[Shareable]
     rows: list[NDArray[Any]]
     n_bytes: int
     layout: Layout | None = None
     n_users: int = 0
-    n_lent: int = 0
+    kept: dict[Hashable, float] = field(default_factory=dict)
     own: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
     checksums: dict[tuple[int, int, int, int], int] = field(default_factory=dict)
 
@@ -193,7 +193,7 @@ class WindowCache:
             Key
         ] = []  # for room, in this order: else small windows would always get in before large ones
         self._changed = threading.Condition()
-        self._free: list[NDArray[np.uint8]] = []
+        self._free: list[Shareable] = []
         self._is_closed = False
 
     @property
@@ -281,25 +281,22 @@ class WindowCache:
         with self._changed:
             self._followers.had(client, entry.key, part, parts, entry.following)
 
-    def lend(self, entry: Entry, at: slice) -> list[NDArray[Any]] | None:
-        """Some rows of a window in use, per hook, not copied: it stays until these arrays are gone. None: copy them.
-
-        Whoever keeps a part of such an array has to keep the array itself.
-        """
+    def keep(self, client: Hashable, entry: Entry) -> float:
+        """A client is told where a window is: it stays for some seconds, or until `done_with`. Says until when."""
         with self._changed:
-            lent = sum(e.n_bytes for e in self._entries.values() if e.n_lent or e is entry)
-            largest = max((order.n_bytes for order in self._orders.values()), default=0)
-            if lent + 2 * largest > self.limit_bytes:
-                return None
-            found = [rows[at] for rows in entry.rows]
-            entry.n_lent += len(found)
-        for rows in found:
-            weakref.finalize(rows, self._returned, entry).atexit = False
-        return found
+            entry.kept[client] = self._clock() + IDLE_S
+            return entry.kept[client]
 
-    def _returned(self, entry: Entry) -> None:
+    def wait(self, until: float, is_over: Callable[[], bool]) -> None:
+        """Until then, or until the caller has gone."""
         with self._changed:
-            entry.n_lent -= 1
+            while not (self._is_closed or is_over()) and self._clock() < until:
+                self._changed.wait(_POLL_S)
+
+    def done_with(self, client: Hashable, entry: Entry) -> None:
+        """It has read the window, or will not."""
+        with self._changed:
+            entry.kept.pop(client, None)
             self._changed.notify_all()
 
     def prepare(self, order: Order, epoch: int, window: int) -> None:
@@ -368,31 +365,36 @@ class WindowCache:
 
     def _begin(self, order: Order, key: Key) -> None:
         order.filling.forget_before(*key[1:])
-        rows = [self._buffer(shape.n_rows, shape.width, shape.dtype) for shape in order.filling.shapes]
+        shapes = order.filling.shapes
+        memory = [self._memory(shape.n_bytes) for shape in shapes]
+        rows = [
+            found.bytes.view(shape.dtype).reshape(shape[:2])
+            for found, shape in zip(memory, shapes, strict=True)
+        ]
         fill = order.filling.fill(HostWindow(rows, 0), key[1], key[2])
         following = (key[0], *order.following(*key[1:]))
-        self._entries[key] = Entry(key, following, fill, rows, order.n_bytes)
+        self._entries[key] = Entry(key, following, fill, memory, rows, order.n_bytes)
         self.tally.decoded += 1
 
-    def _buffer(self, n_rows: int, width: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        n_bytes = n_rows * width * dtype.itemsize
-        fitting = next((b for b in self._free if b.nbytes == n_bytes), None)
+    def _memory(self, n_bytes: int) -> Shareable:
+        fitting = next((found for found in self._free if found.nbytes == n_bytes), None)
         if fitting is None:
-            fitting = aligned_empty((1, n_bytes), np.dtype(np.uint8))[0]
-        else:
-            self._free = [b for b in self._free if b is not fitting]
-        return fitting.view(dtype).reshape(n_rows, width)
+            return Shareable(n_bytes)
+        self._free.remove(fitting)
+        fitting.use_again()
+        return fitting
 
     def _make_room(self, order: Order) -> bool:
         """Throw out what may go, the longest unused first, until a window fits; memory of the right size is kept."""
-        n_bytes, needed = order.n_bytes, self._needed()
+        n_bytes, needed, now = order.n_bytes, self._needed(), self._clock()
         for key, entry in list(self._entries.items()):
             if self._used() + n_bytes <= self.limit_bytes:
                 break
-            if entry.n_users or entry.n_lent or not entry.fill.is_done or key in needed:
+            is_kept = any(until > now for until in entry.kept.values())
+            if entry.n_users or is_kept or not entry.fill.is_done or key in needed:
                 continue
             del self._entries[key]
-            self._free += [rows.reshape(-1).view(np.uint8) for rows in entry.rows]
+            self._free += entry.memory
             self.tally.evicted += 1
         if self._used() + n_bytes > self.limit_bytes:
             return False

@@ -29,6 +29,10 @@ MESSAGES_PER_CALL = 32
 """A call hands out at most so many; the next one goes on."""
 WAITING = "waiting"
 """In the metadata of a message without rows: the window is being decoded, the service lives."""
+MEMORY = "memory"
+"""In the metadata of a message that has no rows but says where they are: `Where` per hook, or null if nobody can read there."""
+NEAR_ROW_BYTES = 16
+"""Of what such a message says of each row."""
 _MOST_REQUEST_BYTES = 1 << 20
 
 _SELECTION = TypeAdapter(Selection)
@@ -44,6 +48,8 @@ class WindowTicket(_Request):
     plan, captures  digests of the data the client knows: another store under the same name is refused.
     selection       everything the order depends on besides.
     client          whose stream this is: a window that it has not had yet is kept for it.
+    near            it is on the same machine, and wants to be told where in memory rows are: all of the part, in one call,
+                    which it ends when it has read them.
     """
 
     version: Literal[1] = VERSION
@@ -59,6 +65,7 @@ class WindowTicket(_Request):
     parts: int = Field(default=1, ge=1, le=64)
     first: int = Field(default=0, ge=0)
     client: str | None = Field(default=None, min_length=1, max_length=64)
+    near: bool = False
 
     def encode(self) -> bytes:
         """The bytes of a Flight ticket."""
@@ -157,17 +164,15 @@ def schema_of(hooks: list[tuple[str, int, str]]) -> pa.Schema:
     return pa.schema(fields, metadata={"actcache": str(VERSION)})
 
 
-def message(
-    schema: pa.Schema,
-    slot: NDArray[np.uint32],
-    layer: NDArray[np.int32],
-    row: NDArray[np.int64],
-    rows: list[pa.Buffer],
-) -> pa.RecordBatch:
-    """One message. rows: per hook; nothing is copied."""
-    columns: list[pa.Array] = [pa.array(slot), pa.array(layer), pa.array(row)]
+NEAR = schema_of([])
+"""Of messages that say where rows are."""
+
+
+def message(schema: pa.Schema, about: list[NDArray[Any]], rows: list[pa.Buffer]) -> pa.RecordBatch:
+    """One message. about: slots, layers and numbers of its rows. rows: per hook; nothing is copied."""
+    columns: list[pa.Array] = [pa.array(column) for column in about]
     for numbers, field in zip(rows, list(schema)[3:], strict=True):
-        columns.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(slot), [None, numbers]))
+        columns.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(about[0]), [None, numbers]))
     return pa.record_batch(columns, schema=schema)
 
 

@@ -93,6 +93,9 @@ class Time:
 
 # Services, on real sockets of this machine.
 
+FAR = {"shared_memory": False}
+"""Options of a client that is to be sent its rows, though it is on the server's machine."""
+
 
 @pytest.fixture
 def serve():

@@ -47,7 +47,7 @@ from actcache.store.live import read_consumers
 from actcache.store.objects import LocalObjects
 from actcache.store.verify import find_problems
 from tests.conftest import all_files, as_bits, check_rows, commit_shards, sorted_rows, write_store
-from tests.service.conftest import N_SHARDS, rows_in, same, say, url_of
+from tests.service.conftest import FAR, N_SHARDS, rows_in, same, say, url_of
 from tests.service.test_follow import Arrivals
 from tests.store.strategies import store_settings
 
@@ -78,9 +78,9 @@ def server(truth):
         assert found.stop()
 
 
-@pytest.fixture
-def remote(server):
-    return actcache.open(url_of(server))
+@pytest.fixture(params=[{}, FAR], ids=["near", "far"])
+def remote(server, request):
+    return actcache.open(url_of(server), request.param)
 
 
 # The same store.
@@ -271,7 +271,7 @@ def test_a_server_that_breaks_off_anywhere_is_asked_for_the_rest(truth, serve, m
     monkeypatch.setattr(rows_module, "_cut", fails)
     with actcache.open(truth.root).stream(**SMALL) as stream:
         expected = rows_in(stream)
-    with actcache.open(url_of(server)).stream(**SMALL) as stream:
+    with actcache.open(url_of(server), FAR).stream(**SMALL) as stream:
         assert same(rows_in(stream), expected)
     assert next(count) > 40
 
@@ -295,7 +295,8 @@ def test_a_server_that_is_gone_for_good_is_an_error_in_time(truth, serve, monkey
             list(batches)
 
 
-def test_closing_while_waiting_for_a_service_ends_at_once(truth, serve, monkeypatch):
+@pytest.mark.parametrize("options", [{}, FAR], ids=["near", "far"])
+def test_closing_while_waiting_for_a_service_ends_at_once(truth, serve, monkeypatch, options):
     server, began = serve(truth.root), threading.Event()
     gate = threading.Event()
 
@@ -304,8 +305,8 @@ def test_closing_while_waiting_for_a_service_ends_at_once(truth, serve, monkeypa
         gate.wait(30)
         raise UnreachableError("late")
 
-    monkeypatch.setattr(rows_module, "_cut", slow)
-    stream, errors = actcache.open(url_of(server)).stream(**SMALL), []
+    monkeypatch.setattr(rows_module, "_cut" if options else "_told", slow)
+    stream, errors = actcache.open(url_of(server), options).stream(**SMALL), []
 
     def read() -> None:
         try:
@@ -381,7 +382,7 @@ def test_a_window_that_takes_long_is_told_from_a_server_that_is_gone(truth, serv
         signs.append(said)
         if sum(wire.WAITING in one for one in signs) > 50:
             heard.set()
-        take(self, part, batch, said)
+        return take(self, part, batch, said)
 
     signs: list[dict] = []
     monkeypatch.setattr(filling_module.Filling, "_lay_out", slow)
@@ -422,25 +423,27 @@ def test_files_of_shards_left_behind_are_closed(whole, serve):
     assert len(opened) <= 3, opened
 
 
-def test_a_client_that_is_killed_leaves_nothing_behind(truth, serve, monkeypatch):
+@pytest.mark.parametrize("near", [False, True])
+def test_a_client_that_is_killed_leaves_nothing_behind(truth, serve, monkeypatch, near):
     monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 1 << 12)
     server = serve(truth.root)
     command = [sys.executable, "-c", textwrap.dedent(CLIENT), f"grpc://127.0.0.1:{server.port}"]
     client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert client.stdin is not None
     assert client.stdout is not None
-    client.stdin.write(json.dumps(raw_ticket(truth)).encode())
+    client.stdin.write(json.dumps(raw_ticket(truth) | {"near": near}).encode())
     client.stdin.close()
     assert client.stdout.readline() == b"reading\n"
     os.kill(client.pid, signal.SIGKILL)
     client.wait()
     client.stdout.close()
     assert eventually(lambda: server.status()["active_calls"] == 0, 5)
+    assert not any(entry.kept or entry.n_users for entry in server.cache._entries.values())
 
 
 def test_a_client_that_stalls_keeps_little_and_stops_nobody(serve, tmp_path, monkeypatch):
     """It is sent a few messages and no more; its window makes room for others' when they need it."""
-    monkeypatch.setattr(followers_module, "_IDLE_S", 1.0)
+    monkeypatch.setattr(followers_module, "IDLE_S", 1.0)
     truth = write_store(
         tmp_path / "s.zarr",
         n_sequences=80,
@@ -505,9 +508,9 @@ def test_damage_is_named_without_a_path_of_the_server(serve, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["slot", "layer", "row", "first number", "last number"])
-def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch, what):
-    def altered(schema, slot, layer, row, rows):
-        columns = {"slot": slot, "layer": layer, "row": row}
+def test_a_message_altered_on_the_way_is_noticed(server, monkeypatch, what):
+    def altered(schema, about, rows):
+        columns = dict(zip(("slot", "layer", "row"), about, strict=True))
         if what in columns:
             columns[what] = columns[what].copy()  # the service keeps what it is given
             columns[what][-1] ^= 1
@@ -515,10 +518,11 @@ def test_a_message_altered_on_the_way_is_noticed(remote, monkeypatch, what):
             data = bytearray(rows[0])
             data[0 if what == "first number" else -1] ^= 1
             rows = [pa.py_buffer(data)]
-        return wire.message(schema, *columns.values(), rows)
+        return wire.message(schema, list(columns.values()), rows)
 
     monkeypatch.setattr(rows_module, "message", altered)
-    with remote.stream(**SMALL) as stream, pytest.raises(DamageError, match="altered on the way"):
+    far = actcache.open(url_of(server), FAR)
+    with far.stream(**SMALL) as stream, pytest.raises(DamageError, match="altered on the way"):
         next(iter(stream))
 
 
@@ -692,7 +696,8 @@ def test_patience_is_for_the_server_to_be_heard_of(monkeypatch):
     assert next(tries) > 50
 
 
-def test_clients_of_one_order_have_each_window_decoded_once(truth, serve, monkeypatch):
+@pytest.mark.parametrize("options", [{}, FAR], ids=["near", "far"])
+def test_clients_of_one_order_have_each_window_decoded_once(truth, serve, monkeypatch, options):
     """Four at once, each slower than the one before, in memory for a few windows of many; every message takes its time."""
     monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 1 << 13)
     probe = serve(truth.root)
@@ -702,7 +707,7 @@ def test_clients_of_one_order_have_each_window_decoded_once(truth, serve, monkey
     server = serve(truth.root, memory_bytes=int(2.5 * probe.cache.used_bytes / probe.cache.n_windows))
     assert n_windows > 4
     found: dict[int, list] = {}
-    streams = [actcache.open(url_of(server)).stream(**SMALL) for _ in range(4)]
+    streams = [actcache.open(url_of(server), options).stream(**SMALL) for _ in range(4)]
     together = threading.Barrier(4)
 
     def train(i: int) -> None:

@@ -16,7 +16,7 @@ from pyarrow import flight
 import actcache
 from actcache.service import wire
 from tests.conftest import sorted_rows, write_store
-from tests.service.conftest import rows_in, same
+from tests.service.conftest import FAR, rows_in, same
 from tests.service.test_service import eventually, raw_ticket
 from trainer.config import TrainConfig
 from trainer.loop import train
@@ -100,7 +100,7 @@ def kill_servers(folder: Path, rounds: int, seed: int) -> None:
                     if kills_left:
                         on_step(None)
             assert kills_left < rounds
-            with actcache.open(url).stream(**SMALL, dtype=torch_float32()) as stream:
+            with actcache.open(url, FAR).stream(**SMALL, dtype=torch_float32()) as stream:
                 train(stream, config, folder / "served", on_step=on_step)
         finally:
             for one in started:
@@ -176,9 +176,10 @@ def test_memory_of_a_server_whose_clients_stall(tmp_path):
         for seed in range(n_stalled):
             with actcache.open(truth.root).stream(**MANY, seed=seed) as stream:
                 ticket = raw_ticket(truth, selection=wire.selection_json(stream.selection))
+            ticket["near"] = seed % 3 == 0  # was told where its window is, and says nothing more
             readers.append(client.do_get(flight.Ticket(json.dumps(ticket).encode())))
             readers[-1].read_chunk()
-        with actcache.open(url).stream(
+        with actcache.open(url, FAR).stream(
             **MANY, seed=99
         ) as stream:  # another one gets on, and turns windows over
             n_rows = sum(len(batch) for batch in stream)

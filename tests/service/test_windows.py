@@ -114,7 +114,7 @@ def run(cache: WindowCache, time: Time, clients: list[Following], most_steps: in
         time.now += _STEP_S
         for client in left:
             waited_s = time.now - got_on[id(client)]
-            assert waited_s <= 3 * (followers_module._IDLE_S + client.every * _STEP_S), "it waits for ever"
+            assert waited_s <= 3 * (followers_module.IDLE_S + client.every * _STEP_S), "it waits for ever"
     raise AssertionError("it never ends")
 
 
@@ -141,32 +141,9 @@ def test_a_client_that_stalls_is_not_waited_for(cache, time, make_order, n_windo
     for _ in range(3):
         assert eventually(lambda: stalled.step(cache), 30)
     run(cache, time, [fast])
-    assert time.now > followers_module._IDLE_S
+    assert time.now > followers_module.IDLE_S
     run(cache, time, [stalled])
     assert stalled.had == fast.had
-
-
-def test_what_is_lent_stays_and_leaves_room_for_others(cache, time, make_order, n_windows):
-    """Of three and a half windows one may be lent for as long as a client stalls; it is not written to meanwhile."""
-    order = make_order(cache)
-
-    def lent(number):
-        with cache.use(order, 0, number, "stalled", lambda: False, 30) as entry:
-            return cache.lend(entry, slice(3, 40))
-
-    (rows,) = lent(0)
-    assert lent(1) is None, "two windows have to be left for others"
-    before, buffer, at = rows.copy(), pa.py_buffer(rows), (order.key, 0, 0)
-    del rows
-    run(cache, time, [Following(order, range(n_windows)) for _ in range(2)])
-    assert at in cache._entries
-    assert np.array_equal(np.frombuffer(buffer, before.dtype), before.reshape(-1))
-    assert cache.used_bytes <= cache.limit_bytes
-    del buffer
-    time.now += 2 * followers_module._IDLE_S
-    other = make_order(cache, seed=1)
-    run(cache, time, [Following(other, range(n_windows))])
-    assert at not in cache._entries
 
 
 def test_one_that_breaks_off_is_not_waited_for_at_all(cache, time, make_order, n_windows):
@@ -176,7 +153,7 @@ def test_one_that_breaks_off_is_not_waited_for_at_all(cache, time, make_order, n
     with pytest.raises(GeneratorExit), cache.call("gone"):
         raise GeneratorExit
     run(cache, time, [Following(order, range(n_windows))])
-    assert time.now <= (2 * n_windows + 1) * _STEP_S < followers_module._IDLE_S
+    assert time.now <= (2 * n_windows + 1) * _STEP_S < followers_module.IDLE_S
     assert cache.tally.decoded == n_windows
 
 
@@ -244,3 +221,48 @@ def test_a_client_without_a_name_gets_all_windows_too(cache, time, make_order, n
             nameless.step(cache)
         time.now += _STEP_S
     assert [number for number, *_ in nameless.had] == list(range(n_windows))
+
+
+def test_a_window_that_is_read_where_it_is_stays_for_a_while(cache, time, make_order, n_windows):
+    """Until its client is done, or for as long as a stalled one is waited for: then others have its room."""
+    order = make_order(cache)
+    for number in range(2):
+        with cache.use(order, 0, number, "near", lambda: False, 30) as entry:
+            assert entry is not None
+            until = cache.keep("near", entry)
+    assert until == time.now + followers_module.IDLE_S
+    cache.had("near", entry, 0, 1)
+    kept = entry
+    before, told = kept.rows[0].copy(), [memory.where() for memory in kept.memory]
+    clients = [Following(order, range(n_windows)) for _ in range(2)]
+    while time.now < until:
+        for client in clients:
+            client.step(cache)
+        assert kept.key in cache._entries
+        assert cache.used_bytes <= cache.limit_bytes
+        time.now += _STEP_S
+    assert np.array_equal(kept.rows[0], before)
+    assert [memory.where() for memory in kept.memory] == told
+    run(cache, time, clients)
+    assert kept.key not in cache._entries
+    assert clients[0].had == clients[1].had
+    assert all(
+        where is None or where.use != m.where().use for where, m in zip(told, kept.memory, strict=True)
+    )
+
+
+def test_one_that_has_read_gives_its_window_back_at_once(cache, time, make_order, n_windows):
+    order = make_order(cache)
+    for number in range(n_windows):
+        assert eventually(lambda number=number: _read(cache, order, number), 30)
+    assert time.now == 0
+
+
+def _read(cache: WindowCache, order: Order, number: int) -> bool:
+    with cache.use(order, 0, number, "near", lambda: False, -1.0) as entry:
+        if entry is None:
+            return False
+        cache.keep("near", entry)
+    cache.had("near", entry, 0, 1)
+    cache.done_with("near", entry)
+    return True
