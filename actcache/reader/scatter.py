@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.loops.compiled import compiled
+from actcache.loops.planes import STEP, plane_loops
 
 ALIGNMENT = 64
 """Bytes of a cache line: what a window has to begin at, and a row to be a multiple of, for the compiled loop."""
@@ -27,6 +28,27 @@ class Target:
         is_aligned = not any(n % ALIGNMENT for n in self.place)
         self.loops = compiled() if is_aligned else None
         """What can be used here."""
+        self._woven = None
+        if self.loops is not None and window.shape[1] % STEP == 0 and window.itemsize in plane_loops():
+            self._woven = plane_loops()[window.itemsize].woven
+
+    @property
+    def takes_planes(self) -> bool:
+        """Whether there is a loop for `put_planes`."""
+        return self._woven is not None
+
+    def put_planes(
+        self, slots: NDArray[np.int64], planes: NDArray[np.uint8], chosen: NDArray[np.int64] | None = None
+    ) -> None:
+        """As `put`, of rows whose bytes of equal significance are side by side in `planes` [itemsize, r * d]."""
+        assert self._woven is not None
+        start, stride, row_bytes = self.place
+        of_chosen = None if chosen is None else address(chosen)
+        itemsize, n = planes.shape
+        self._woven(
+            *(address(planes), n, row_bytes // itemsize),
+            *(address(slots), of_chosen, len(slots), start, stride),
+        )
 
     def put(
         self, slots: NDArray[np.int64], rows: NDArray[Any], chosen: NDArray[np.int64] | None = None

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ActcacheError, UnreachableError
@@ -33,6 +34,7 @@ _WARM_BYTES_PER_S = 20e9
 """Having bytes read takes longer than this when they are not in memory, by far, and not as long when they are."""
 
 Body = bytes | memoryview
+_NO_ROWS = np.empty((0, 0), np.uint8)
 T = TypeVar("T")
 
 
@@ -280,7 +282,21 @@ class _Decoding:
         self._read_bytes = self._row_bytes = 0
 
     def bring(self, target: Target) -> int:
-        """Chunks that need no decoding, by a compiled loop where there is one."""
+        """Chunks that need no decoding, or none but for putting bytes together, by compiled loops where there are any."""
+        return self._bring_as_they_are(target) or self._bring_planes(target)
+
+    def _bring_planes(self, target: Target) -> int:
+        if not target.takes_planes or not self._job[0].reader.comes_in_planes:
+            return 0
+        for number, source in enumerate(self._job):
+            planes, rows = self._timed(number, _planes_or_rows)
+            if planes is not None:
+                target.put_planes(source.slots, planes, source.chosen)
+            else:
+                target.put(source.slots, rows, source.chosen)
+        return len(self._job)
+
+    def _bring_as_they_are(self, target: Target) -> int:
         direct = None if target.loops is None else target.loops.direct
         if direct is None or self._bodies is not None or self._fill.files is None:
             return 0
@@ -329,3 +345,8 @@ class _Decoding:
             "read_bytes": self._read_bytes,
             "row_bytes": self._row_bytes,
         }
+
+
+def _planes_or_rows(source: Source, body: Body) -> tuple[NDArray[np.uint8] | None, NDArray[Any]]:
+    planes = source.reader.planes(*source.at, body)
+    return planes, source.reader.decode(*source.at, body) if planes is None else _NO_ROWS

@@ -43,8 +43,43 @@ def planes(values: NDArray[Any]) -> NDArray[np.uint8]:
     if loop is None:
         np.copyto(out, values.view(np.uint8).reshape(-1, values.itemsize).T)
     else:
-        loop(values.ctypes.data, out.ctypes.data, len(values))
+        loop.planes(values.ctypes.data, out.ctypes.data, len(values))
     return out
+
+
+def planes_of(data: memoryview, n: int, itemsize: int) -> NDArray[np.uint8] | None:
+    """Bytes [itemsize, n] of a chunk as `planes` lays them, in scratch memory of this thread; None: it was not made so.
+
+    Raises:
+        ValueError: it says that it was, and cannot be decompressed.
+    """
+    start = _HEADER.size
+    if len(data) < start or data[2] != _SHUFFLED_NOT_SPLIT_ZSTD or data[3] != itemsize:
+        return None
+    *_kind, n_bytes, block, length, first, n_frame = _HEADER.unpack(data[:start])
+    if (n_bytes, block, length, first, n_frame) != (
+        n * itemsize,
+        n_bytes,
+        len(data),
+        start - 4,
+        length - start,
+    ):
+        return None
+    out = scratch("planes", (itemsize, n), np.uint8)
+    try:
+        got = _decompressor().stream_reader(data[start:]).readinto(out.reshape(-1).data)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+    if got != n_bytes:
+        raise ValueError(f"{got} bytes where {n_bytes} were expected")
+    return out
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    found = getattr(_local, "decompressor", None)
+    if found is None:
+        found = _local.decompressor = zstandard.ZstdDecompressor()
+    return found
 
 
 def _compressor() -> zstandard.ZstdCompressor:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.loops.compiled import compiled
-from actcache.store.blosc import shuffled_zstd
+from actcache.store.blosc import planes_of, shuffled_zstd
 
 CRC_BYTES = 4
 _LZ4_BLOCK_BYTES = 256 * 1024
@@ -124,6 +124,13 @@ class Codec:
             return f"a blosc header of {c_bytes} -> {n_bytes} bytes, expected {len(data)} -> {self.n_bytes}"
         numcodecs.blosc.decompress(data, out.reshape(-1).view(np.uint8))
         return None
+
+    def planes(self, data: memoryview) -> NDArray[np.uint8] | None:
+        """Bytes [itemsize, n_items] of chunk bytes (without trailer), those of equal significance side by side.
+
+        In scratch memory of this thread. None: the chunk was made otherwise, decode it. ValueError: it cannot be decompressed.
+        """
+        return planes_of(data, self.n_items, self.dtype.itemsize) if self.name == "zstd" else None
 
 
 def trailer(crc: int) -> bytes:

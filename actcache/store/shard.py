@@ -140,6 +140,8 @@ class ShardReader:
         self.row_bytes = shape[1] * self.dtype.itemsize
         self._offset, self._stored = chunks.offset, chunks.stored
         self._is_plain = codec.name == "none" and quantised is None
+        self.comes_in_planes = codec.name == "zstd" and quantised is None
+        """Whether `planes` is worth being asked."""
         self._on_missing = on_missing
 
     def read(self, layer_i: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -231,6 +233,13 @@ class ShardReader:
         try:
             codes = np.frombuffer(data[: n_codes - CRC_BYTES], np.uint8).reshape(self.shape)
             return parse(codes, data[n_codes:], self.dtype)
+        except ValueError as error:
+            raise chunk_damage(self.key, layer_i, chunk, f"cannot be decoded: {error}") from error
+
+    def planes(self, layer_i: int, chunk: int, data: Any) -> NDArray[np.uint8] | None:
+        """Bytes [itemsize, R * d] of a chunk's rows, those of equal significance side by side; see `Codec`."""
+        try:
+            return self._codec.planes(self._checked(layer_i, chunk, data))
         except ValueError as error:
             raise chunk_damage(self.key, layer_i, chunk, f"cannot be decoded: {error}") from error
 

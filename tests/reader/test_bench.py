@@ -67,13 +67,13 @@ def test_slow_object_storage_is_named_with_what_would_help(truth, monkeypatch):
 
 
 def test_slow_decoding_is_named(truth, monkeypatch):
-    decode = ShardReader.decode
+    checked = ShardReader._checked
 
-    def slow(self, *given, **named):
+    def slow(self, *given):
         threading.Event().wait(0.002)
-        return decode(self, *given, **named)
+        return checked(self, *given)
 
-    monkeypatch.setattr(ShardReader, "decode", slow)
+    monkeypatch.setattr(ShardReader, "_checked", slow)
     monkeypatch.setattr(ShardReader, "as_is", lambda *_given: None)
     monkeypatch.setattr(module, "_disk", lambda *_given: None)
     assert measure(str(truth.root)).bottleneck.startswith("decode: ")

@@ -57,6 +57,33 @@ def test_it_is_what_it_says(loop):
     assert bool(used) == (name == "compiled")
 
 
+@given(
+    steps=st.integers(1, 5),
+    dtype=st.sampled_from([np.uint16, np.float32]),
+    n_slots=st.integers(0, 12),
+    columns=st.integers(1, 3),
+    is_chosen=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_bytes_side_by_side_are_put_together_on_the_way(steps, dtype, n_slots, columns, is_chosen, seed):
+    rng, width = np.random.default_rng(seed), 32 * steps
+    rows = rng.integers(0, 256, (12, width * np.dtype(dtype).itemsize)).astype(np.uint8).view(dtype)
+    planes = np.ascontiguousarray(rows.view(np.uint8).reshape(-1, rows.itemsize).T)
+    window = aligned_empty((30, width * columns), np.dtype(dtype))
+    window.view(np.uint8)[:] = 7
+    part = window[3:, (columns - 1) * width :]
+    slots = rng.permutation(27)[:n_slots]
+    chosen = rng.permutation(12)[:n_slots] if is_chosen else None
+    expected = window.view(np.uint8).copy()
+    for i, slot in enumerate(slots):
+        row = rows[i if chosen is None else chosen[i]].view(np.uint8)
+        expected[3 + slot, (columns - 1) * row.size :] = row
+    target = Target(part)
+    assert target.takes_planes
+    target.put_planes(slots, planes, chosen)
+    assert np.array_equal(window.view(np.uint8), expected)
+
+
 def test_rows_that_do_not_fill_cache_lines_go_the_other_way(monkeypatch):
     monkeypatch.setattr(module, "compiled", lambda: pytest.fail("not for these"))
     rows = np.arange(24, dtype=np.uint16).reshape(2, 12)

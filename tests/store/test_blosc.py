@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.store import blosc
-from actcache.store.blosc import planes, shuffled_zstd
+from actcache.store.blosc import planes, planes_of, shuffled_zstd
 from actcache.store.codec import Codec
 
 HEADER = struct.Struct("<4B3I")
@@ -68,3 +68,55 @@ def test_what_does_not_get_smaller_is_stored_by_blosc_as_it_is():
     assert shuffled_zstd(numbers) is None
     found, _crc = Codec("zstd", numbers.dtype, len(numbers)).encode(numbers)
     assert bytes(numcodecs.Blosc().decode(found)) == numbers.tobytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from(["<u2", "<f2", "<f4"]),
+    n=st.integers(60, 9_000),
+    seed=st.integers(0, 1 << 32),
+    is_ours=st.booleans(),
+)
+def test_planes_of_chunks_whoever_made_them(dtype, n, seed, is_ours):
+    numbers = made_up(dtype, n, seed)
+    theirs = numcodecs.Blosc("zstd", 1, numcodecs.Blosc.SHUFFLE, numbers.nbytes).encode(numbers)
+    chunk = (shuffled_zstd(numbers) if is_ours else None) or theirs
+    found = planes_of(memoryview(chunk), n, numbers.itemsize)
+    if chunk[2] & STORED:
+        assert found is None
+    else:
+        assert found is not None
+        assert np.array_equal(found, planes(numbers.copy()).copy())
+
+
+@pytest.mark.parametrize("cname", ["zstd", "lz4", "blosclz"])
+@pytest.mark.parametrize(
+    "shuffle", [numcodecs.Blosc.NOSHUFFLE, numcodecs.Blosc.SHUFFLE, numcodecs.Blosc.BITSHUFFLE]
+)
+@pytest.mark.parametrize("block", [1 << 12, 1 << 16])
+def test_chunks_made_otherwise_are_left_to_blosc(cname, shuffle, block):
+    numbers = made_up("<u2", 1 << 15, 0)
+    chunk = numcodecs.Blosc(cname, 1, shuffle, block).encode(numbers)
+    found = planes_of(memoryview(chunk), len(numbers), 2)
+    assert (found is not None) == (
+        (cname, shuffle, block) == ("zstd", numcodecs.Blosc.SHUFFLE, numbers.nbytes)
+    )
+    assert planes_of(memoryview(chunk), len(numbers) // 2, 4) is None
+    assert planes_of(memoryview(chunk)[:10], len(numbers), 2) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(at=st.integers(0, 1 << 20), bit=st.integers(0, 7), is_cut=st.booleans())
+def test_no_bytes_bring_it_down(at, bit, is_cut):
+    """A chunk is compared with its crc32c before: whatever gets this far ends with an error, or with planes."""
+    numbers = made_up("<u2", 4096, 1)
+    chunk = bytearray(shuffled_zstd(numbers) or b"")
+    at %= len(chunk)
+    chunk[at] ^= 1 << bit
+    if is_cut:
+        del chunk[at:]
+    try:
+        found = planes_of(memoryview(chunk), len(numbers), 2)
+    except ValueError:
+        return
+    assert found is None or found.shape == (2, len(numbers))
