@@ -3,8 +3,9 @@
     python benchmarks/stream.py --work /tmp/stream --out benchmarks/results/stream.json
 
 Each round takes every method once, in turn; medians over rounds. One reading thread, page cache warm (each
-round begins with the files read from front to back), unless said otherwise. A store of made-up bfloat16 rows (0.54 GB decoded, 4 layers, width 512, chunks of 256 rows) per codec; `--codec`
-measures one and leaves the others in the result as they are. Other projects' loaders: benchmarks/loaders.py.
+round begins with the files read from front to back), unless said otherwise. A store of made-up bfloat16 rows (0.54 GB decoded,
+4 layers, width 512, chunks of 256 rows) per codec; `--codec` measures one and leaves the others in the result as they are,
+`--width` another width (fewer rows, as many bytes), kept beside them. Other projects' loaders: benchmarks/loaders.py.
 
     memcpy            one thread copying the same number of bytes
     ceiling           read each chunk into one buffer, compare its crc32c, decode to nowhere
@@ -12,7 +13,7 @@ measures one and leaves the others in the result as they are. Other projects' lo
     compiled loop     codec none: the same by one compiled call over chunks, files and slots worked out before; what the
                       processor needs for a checked read of shuffled rows, without order, windows or a consumer
     stream            ours, batches of 8,192 rows (crc32c compared, shuffled, provenance kept)
-    stream cold       ours, after the system was asked to forget the files
+    stream cold       ours, with as many threads as it takes by default, after the system was asked to forget the files
     disk              the shard files from front to back, forgotten before, 8 MiB at a time
     one layer cold    ours, one layer of four, forgotten before; after all rounds, so that no other stream reads meanwhile
     zarr-python       the same chunks in the same random order, one at a time
@@ -84,6 +85,7 @@ class Case:
         self.raw = np.memmap(raw, np.uint16, "r").reshape(-1, WIDTH)
         self.shares: dict[str, list[float]] = {"asked": [], "from disk": []}
         self.copy = (np.ones(N_BYTES // 8), np.zeros(N_BYTES // 8))
+        self.cold = self.store.stream(batch_size=8192, epochs=1)
         self.stream = self.store.stream(batch_size=8192, epochs=None, threads=1)
         self.batches = iter(self.stream)
         for _ in range(3 * N_BYTES // (8192 * WIDTH * 2)):  # touch every buffer
@@ -160,11 +162,10 @@ class Case:
             os.close(fd)
 
     def stream_cold(self) -> int:
-        """A whole epoch of which nothing was read before."""
-        self.stream.set_epoch(self.stream.state_dict()["epoch"] + 1)
+        """A whole epoch of which nothing is in memory; the other stream has read as far ahead as it will."""
+        self.cold.set_epoch(0)
         self.forget()
-        self.batches = iter(self.stream)
-        return self.stream_warm()
+        return sum(batch.rows.nbytes for batch in self.cold)
 
     def disk(self, *, is_cold: bool = True) -> int:
         if is_cold:
@@ -270,6 +271,7 @@ def measure(case: Case, codec: str, rounds: int) -> dict[str, Any]:
         for name, method in methods.items():
             found[name].append(timed(method))
     case.stream.close()
+    case.cold.close()
     found["one layer cold"] = [timed(case.one_layer_cold) for _ in range(rounds)]
     median = {
         n: tuple(statistics.median(v[i] for v in values) for i in (0, 1)) for n, values in found.items()
@@ -303,7 +305,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--codec", action="append", choices=CODECS)
+    parser.add_argument("--width", type=int, default=WIDTH, choices=(512, 1024, 2048))
     arguments = parser.parse_args()
+    of_width = "" if arguments.width == WIDTH else f" of width {arguments.width}"
+    globals().update(WIDTH=arguments.width, N_TOKENS=N_TOKENS * WIDTH // arguments.width)
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     raw = arguments.work / "raw.bin"
@@ -325,11 +330,15 @@ def main() -> None:
         report["codecs"] = json.loads(arguments.out.read_text()).get("codecs", {})
     for codec in arguments.codec or CODECS:
         path = make_store(
-            arguments.work / f"{codec}.zarr", n_tokens=N_TOKENS, n_layers=N_LAYERS, width=WIDTH, codec=codec
+            arguments.work / f"{codec}{of_width.replace(' ', '-')}.zarr",
+            n_tokens=N_TOKENS,
+            n_layers=N_LAYERS,
+            width=WIDTH,
+            codec=codec,
         )
         case = Case(path, raw)
         found = measure(case, codec, arguments.rounds)
-        report["codecs"][codec] = found
+        report["codecs"][codec + of_width] = found
         print(codec, json.dumps({k: v for k, v in found.items() if k != "raw"}, indent=1), flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
