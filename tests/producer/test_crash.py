@@ -379,4 +379,4 @@ def test_killing_the_process(bench):
 
 
 def test_two_builds_at_once(bench):
-    build_at_once(bench, rounds=4, kill_one=False)
+    build_at_once(bench, rounds=2, kill_one=False)

@@ -234,7 +234,7 @@ def run_in_a_storm(call, tmp_path, victims: list[str], seed: int) -> None:
 
 
 def test_a_run_that_is_killed_and_run_again(call, tmp_path):
-    run_in_a_storm(call, tmp_path, ["producer", "sae", "ctrl-c"], seed=0)
+    run_in_a_storm(call, tmp_path, ["sae", "ctrl-c"], seed=0)
 
 
 @pytest.mark.soak
