@@ -99,6 +99,43 @@ done:
   ret void
 }
 
+; The least and the greatest (float) of each column of %n rows; those in %least and %greatest are carried on.
+define void @extremes_$name(ptr %rows, i64 %n, i64 %d, ptr %least, ptr %greatest) {
+entry:
+  %is_empty = icmp eq i64 %n, 0
+  br i1 %is_empty, label %done, label %columns
+columns:
+  %c = phi i64 [ 0, %entry ], [ %c.next, %columns.end ]
+  %least.at = getelementptr float, ptr %least, i64 %c
+  %least.0 = load <$step x float>, ptr %least.at, align 4
+  %greatest.at = getelementptr float, ptr %greatest, i64 %c
+  %greatest.0 = load <$step x float>, ptr %greatest.at, align 4
+  br label %row
+row:
+  %r = phi i64 [ 0, %columns ], [ %r.next, %row ]
+  %low = phi <$step x float> [ %least.0, %columns ], [ %low.next, %row ]
+  %high = phi <$step x float> [ %greatest.0, %columns ], [ %high.next, %row ]
+  %row.first = mul i64 %r, %d
+  %i = add i64 %row.first, %c
+  %from = getelementptr $stored, ptr %rows, i64 %i
+  $load
+  %is_less = fcmp olt <$step x float> %x, %low
+  %low.next = select <$step x i1> %is_less, <$step x float> %x, <$step x float> %low
+  %is_more = fcmp ogt <$step x float> %x, %high
+  %high.next = select <$step x i1> %is_more, <$step x float> %x, <$step x float> %high
+  %r.next = add i64 %r, 1
+  %more.rows = icmp ult i64 %r.next, %n
+  br i1 %more.rows, label %row, label %columns.end
+columns.end:
+  store <$step x float> %low.next, ptr %least.at, align 4
+  store <$step x float> %high.next, ptr %greatest.at, align 4
+  %c.next = add i64 %c, $step
+  %more.columns = icmp ult i64 %c.next, %d
+  br i1 %more.columns, label %columns, label %done
+done:
+  ret void
+}
+
 ; Codes of %n rows: (number - offset) / divisor of each column, to the nearest of 0 to 255.
 define void @codes_$name(ptr %rows, i64 %n, i64 %d, ptr %divisor, ptr %offset, ptr %codes) {
 entry:

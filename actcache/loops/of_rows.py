@@ -1,4 +1,4 @@
-"""What one pass over rows can do: norms, moments of columns, codes and what codes stand for. See of_rows.ll."""
+"""What one pass over rows can do: norms, moments and extremes of columns, codes and what codes stand for. See of_rows.ll."""
 
 from collections.abc import Callable
 from functools import cache
@@ -67,6 +67,7 @@ class RowLoops(NamedTuple):
 
     norms    (rows, n, d, norms).
     moments  (rows, stride, n, d, block, centre, sums, squares, least, greatest).
+    extremes (rows, n, d, least, greatest).
     codes    (rows, n, d, divisor, offset, codes).
     said     (codes, n, d, scale, offset, rows).
     errors   (rows, others, n, d, block, squares).
@@ -75,6 +76,7 @@ class RowLoops(NamedTuple):
 
     norms: Callable[..., None]
     moments: Callable[..., None]
+    extremes: Callable[..., None]
     codes: Callable[..., None]
     said: Callable[..., None]
     errors: Callable[..., None]
@@ -98,6 +100,7 @@ def row_loops() -> dict[str, RowLoops]:
         dtype: RowLoops(
             engine.loop(f"norms_{dtype}", None, *of_one, POINTER),
             engine.loop(f"moments_{dtype}", None, POINTER, *[INTEGER] * 4, *[POINTER] * 5),
+            engine.loop(f"extremes_{dtype}", None, *of_one, POINTER, POINTER),
             engine.loop(f"codes_{dtype}", None, *of_one, *[POINTER] * 3),
             engine.loop(f"said_{dtype}", None, *of_one, *[POINTER] * 3),
             engine.loop(f"errors_{dtype}", None, POINTER, *of_one, INTEGER, POINTER),

@@ -214,6 +214,9 @@ class Filling:
             self._awaited = fill = self.get(epoch, window)
             del self._fills[epoch, window]
             self._taken = (epoch, window)
+            if not fill.is_done:  # the disk has work until the last chunk has landed, and beyond
+                fill.wait_until_begun()
+                self.read_ahead(epoch, window)
             return fill, fill.wait()
         finally:
             self._awaited = None

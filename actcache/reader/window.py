@@ -84,6 +84,10 @@ class Filled(Protocol):
         """Wait until the window is whole; raises what went wrong."""
         ...
 
+    def wait_until_begun(self) -> None:
+        """Wait, for some seconds at most, until all it reads was asked for: what is asked for next then comes after it."""
+        ...
+
     def cancel(self, reason: str) -> None:
         """Stop; whoever waits gets an error."""
         ...
@@ -124,7 +128,7 @@ class Fill:
         self._layout: Layout | None = None
         self._pool, self._counters = pool, counters
         self.files, self._fetching, self._is_warm = files, fetching, False
-        self._done = threading.Event()
+        self._begun, self._done = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._n_jobs = 0
         self.reading: dict[int, str] = {}  # thread -> what it reads
@@ -152,6 +156,7 @@ class Fill:
                 self._begin_reading(layout.sources)
             else:
                 self._begin_fetching(layout.sources, self._fetching)
+            self._begun.set()
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             self._fail(error)
 
@@ -235,6 +240,7 @@ class Fill:
         self._wake()
 
     def _wake(self) -> None:
+        self._begun.set()
         self._done.set()
         if self._fetching is not None:
             self._fetching.room.give(0)
@@ -243,6 +249,10 @@ class Fill:
         """Make running jobs stop at their next chunk."""
         self.error = self.error or ActcacheError(reason)
         self._wake()
+
+    def wait_until_begun(self) -> None:
+        """Wait until all chunks were asked for; not for ever."""
+        self._begun.wait(_LIVENESS_S)
 
     def wait(self) -> Layout:
         """Wait until the window is whole.

@@ -251,6 +251,9 @@ class ServedFill:
             hold.end()
         self._done.set()
 
+    def wait_until_begun(self) -> None:
+        """Nothing to wait for: windows on their way do not wait for each other."""
+
     def wait(self) -> Layout:
         """Wait until the window is whole."""
         while not self._done.wait(_LIVENESS_S):

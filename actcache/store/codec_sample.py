@@ -165,8 +165,11 @@ def _lossless(chunks: Sequence[Chunk], codec: Codec) -> CodecResult:
 
 def _quantised(chunks: Sequence[Chunk], dtype: str) -> CodecResult:
     def encode() -> list[tuple[Any, NDArray[Any]]]:
-        runs = [quantise(c.rows, 1, dtype, c.kept) for c in chunks]
-        return [(run.chunks[0], run.said) for run in runs]
+        found = []
+        for c in chunks:
+            run = quantise(c.rows, 1, dtype, c.kept)
+            found.append((run.chunks[0], run.said.copy()))
+        return found
 
     found, encoded = _timed(encode, chunks)
     out = np.empty(chunks[0].rows.shape, chunks[0].rows.dtype)

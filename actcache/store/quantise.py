@@ -80,7 +80,7 @@ class QuantisedRun(NamedTuple):
     """Several chunks of equal length in codes.
 
     chunks  each of them.
-    said    [k * r, d] what they are read back as, in the dtype on disk.
+    said    [k * r, d] what they are read back as, in the dtype on disk: good until this thread quantises again.
     """
 
     chunks: list[Quantised]
@@ -103,7 +103,7 @@ def quantise(rows: NDArray[Any], n_chunks: int, logical: str, kept: int) -> Quan
     scale, offset = _ranges(rows_krd, logical, fits)
     codes = _codes(rows_krd, logical, scale, offset, kept, fits)
     codes[~fits] = EXACT
-    said = np.empty(codes.shape, disk_dtype(logical))
+    said = scratch("said", codes.shape, disk_dtype(logical))
     _decode(codes, scale, offset, logical, said)
     chunks = []
     for i, (of_chunk, fit) in enumerate(zip(rows_krd, fits, strict=True)):

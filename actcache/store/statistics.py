@@ -60,8 +60,9 @@ def extremes(rows: NDArray[Any], dtype: str) -> tuple[NDArray[np.float32], NDArr
     if loops is None:
         x = as_float32(rows, dtype)
         return x.min(0), x.max(0)
-    found = _pass(rows, 1, np.zeros(rows.shape[1], np.float32), loops)
-    return found.least, found.greatest
+    least, greatest = _no_extremes(rows.shape[1])
+    loops.extremes(_address(rows), *rows.shape, _address(least), _address(greatest))
+    return least, greatest
 
 
 def squared_errors(rows: NDArray[Any], said: NDArray[Any], dtype: str, exact_rows: NDArray[np.uint32]) -> F64:
@@ -128,10 +129,14 @@ def _pass(rows: NDArray[Any], of: int, centre: NDArray[np.float32], loops: RowLo
     """Through every `of`-th row."""
     n, d = rows.shape
     deviation, squares = np.zeros((2, d))
-    least, greatest = np.full(d, np.inf, np.float32), np.full(d, -np.inf, np.float32)
+    least, greatest = _no_extremes(d)
     arrays = [_address(array) for array in (centre, deviation, squares, least, greatest)]
     loops.moments(_address(rows), of * d, -(-n // of), d, _SUM_ROWS, *arrays)
     return _Sums(centre, deviation, squares, least, greatest)
+
+
+def _no_extremes(d: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    return np.full(d, np.inf, np.float32), np.full(d, -np.inf, np.float32)
 
 
 def _sums(x: NDArray[np.float32]) -> _Sums:

@@ -27,7 +27,7 @@ def quantise(rows: np.ndarray, dtype: str, kept: int):
     """One chunk."""
     run = quantise_run(rows, 1, dtype, kept)
     assert np.array_equal(run.exact_rows, run.chunks[0].exact_rows)
-    return run.chunks[0], run.said, as_float32(rows, dtype)
+    return run.chunks[0], run.said.copy(), as_float32(rows, dtype)
 
 
 def float64(x: np.ndarray) -> np.ndarray:
