@@ -295,7 +295,7 @@ def test_a_device_that_stops_ends_the_stream(truth, late, monkeypatch):
     monkeypatch.setattr(side, "_PATIENCE_S", 0.02)
     late(LateSide(rate=0.0))
     monkeypatch.setattr(placement, "JOB_BYTES", 1)
-    with stream_on(truth) as stream, pytest.raises(UnreachableError, match="copying chunks"):
+    with stream_on(truth) as stream, pytest.raises(UnreachableError, match="has not finished copying"):
         list(stream)
 
 

@@ -410,24 +410,22 @@ def test_leaving_early_leaves_nothing(truth):
 
 
 def test_closing_does_not_wait_for_what_was_read_ahead(truth):
-    gate = threading.Event()
-    read, start = ShardReader.load, Filling._begin
-    started, waiting = [], []
-
-    def counted(self, *args):
-        started.append(1)
-        return start(self, *args)
+    gate, read = threading.Event(), ShardReader.load
+    options = SMALL | {"window_rows": 64, "threads": 1}
+    with actcache.open(truth.root).stream(**options) as stream:
+        n_chunks = len(stream._filling._lay_out(0, 0).sources)
+    loaded, waiting = [], []
 
     def gated(self, *args, **kwargs):
-        if len(started) > 1:
+        loaded.append(1)
+        if len(loaded) > n_chunks:  # of the second window
             waiting.append(1)
             gate.wait(5)
         return read(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardReader, "load", gated)
-        patch.setattr(Filling, "_begin", counted)
-        stream = actcache.open(truth.root).stream(**SMALL | {"window_rows": 64}, threads=1)
+        stream = actcache.open(truth.root).stream(**options)
         next(iter(stream))
         wait_until(lambda: waiting)
         closing = threading.Thread(target=stream.close)
@@ -437,6 +435,33 @@ def test_closing_does_not_wait_for_what_was_read_ahead(truth):
         closing.join(5)
         assert not closing.is_alive()
         assert len(waiting) == 1  # the one in flight, and no chunk more
+
+
+def test_the_next_window_is_begun_before_this_one_is_whole(truth):
+    """So that a disk has work while the last chunks are decoded; after this one's, which come first."""
+    gate, begun, read, begin = threading.Event(), [], ShardReader.load, Filling._begin
+    loaded = []
+
+    def counted(self, epoch, window):
+        begun.append(window)
+        return begin(self, epoch, window)
+
+    def gated(self, *args, **kwargs):
+        assert gate.wait(30)
+        loaded.append(len(loaded))
+        return read(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardReader, "load", gated)
+        patch.setattr(Filling, "_begin", counted)
+        with actcache.open(truth.root).stream(**SMALL | {"window_rows": 64}, threads=1) as stream:
+            reader = threading.Thread(target=lambda: next(iter(stream)))
+            reader.start()
+            wait_until(lambda: len(begun) == 2)
+            assert loaded == []
+            gate.set()
+            reader.join(30)
+    assert begun[:2] == [0, 1]
 
 
 def test_a_stream_may_be_used_after_close(truth):
