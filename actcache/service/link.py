@@ -118,6 +118,8 @@ class Link:
         self._heard = 0.0
         self.is_near = credentials.shared_memory and _is_local(location)
         """Whether its memory may be within reach."""
+        self.was_near = False
+        """Whether it was: then what cannot be read has gone, and the next will be found."""
 
     def _connected(self) -> flight.FlightClient:
         with self._lock:

@@ -210,9 +210,10 @@ class ServedFill:
                     self._read(buffer, own, memory)
                     if not memory.is_as_told:
                         return False
-        except OSError:  # another container, another user, or too late
-            self._source.link.is_near = False
+        except OSError:  # another container, another user; or the service has been restarted
+            self._source.link.is_near = self._source.link.was_near
             return False
+        self._source.link.was_near |= said is not None
         return said is not None
 
     def _read(self, buffer: int, own: range, memory: OthersMemory) -> None:

@@ -76,6 +76,28 @@ def test_memory_that_cannot_be_opened_is_not_asked_for_again(url, whole, monkeyp
     assert 1 <= len(opened) <= 2, "two windows are under way at once"
 
 
+def test_memory_that_has_gone_once_is_asked_for_again(url, whole, monkeypatch):
+    """The service was restarted: its next windows are found."""
+    opened, n_sent, messages = [], [0], server_module.messages
+
+    def gone_once(where):
+        opened.append(where)
+        if len(opened) == 3:
+            raise FileNotFoundError(2, "no such process")
+        return OthersMemory(where)
+
+    def counted(*args):
+        n_sent[0] += 1
+        return messages(*args)
+
+    monkeypatch.setattr(received_module, "OthersMemory", gone_once)
+    monkeypatch.setattr(server_module, "messages", counted)
+    with actcache.open(whole.root).stream(**SMALL) as local, actcache.open(url).stream(**SMALL) as near:
+        assert same(rows_in(near), rows_in(local))
+    assert len(opened) > 4
+    assert n_sent[0] == 1
+
+
 def test_it_can_be_switched_off(url, whole, monkeypatch):
     monkeypatch.setattr(server_module, "places", None)
     with (
