@@ -87,6 +87,7 @@ class Filling:
         self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES, is_random=True)
         self._fills: dict[tuple[int, int], Filled] = {}
         self._awaited: Filled | None = None
+        self._ending = threading.Lock()  # another thread may close while the consumer waits
         self._taken = (0, -1)
         self._pool: ThreadPoolExecutor | None = None
         self._fetching: Fetching | None = None
@@ -216,7 +217,9 @@ class Filling:
             self._taken = (epoch, window)
             if not fill.is_done:  # the disk has work until the last chunk has landed, and beyond
                 fill.wait_until_begun()
-                self.read_ahead(epoch, window)
+                with self._ending:
+                    if fill.error is None:  # else nobody wants it any more
+                        self.read_ahead(epoch, window)
             return fill, fill.wait()
         finally:
             self._awaited = None
@@ -312,10 +315,11 @@ class Filling:
 
     def forget(self) -> None:
         """Let go of what was begun ahead; wake a consumer that waits in another thread."""
-        for fill in [*self._fills.values(), *([self._awaited] if self._awaited else [])]:
-            fill.cancel("the stream was closed, or moved, while its consumer was waiting for a window")
-        self._fills.clear()
-        self._taken = (0, -1)
+        with self._ending:
+            for fill in [*self._fills.values(), *([self._awaited] if self._awaited else [])]:
+                fill.cancel("the stream was closed, or moved, while its consumer was waiting for a window")
+            self._fills.clear()
+            self._taken = (0, -1)
 
     def close(self) -> None:
         """Stop at once; let go of threads, buffers and files. One that is stuck in a read ends when the read does."""

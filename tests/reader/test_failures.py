@@ -17,6 +17,7 @@ import pytest
 import actcache
 from actcache.errors import ActcacheError, DamageError, UnreachableError
 from actcache.reader import filling, window
+from actcache.reader.window import Fill
 from actcache.store.shard import ShardReader
 from tests.conftest import check_rows, write_store
 from tests.reader.test_stream import SMALL, stream_threads, wait_until
@@ -276,11 +277,51 @@ def test_closing_wakes_a_consumer_that_waits(truth):
     assert "was closed, or moved" in str(outcome[0])
 
 
+def test_closing_while_the_next_window_is_about_to_begin(truth):
+    """Whichever comes first: the consumer hears that the stream was closed, and no thread is left."""
+    begun, closed, until_begun = threading.Event(), threading.Event(), Fill.wait_until_begun
+    outcome: list[BaseException] = []
+
+    def late(self):
+        until_begun(self)
+        begun.set()
+        assert closed.wait(20)
+
+    def gated(self, *args, **kwargs):
+        closed.wait(20)
+        return load(self, *args, **kwargs)
+
+    load = ShardReader.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fill, "wait_until_begun", late)
+        patch.setattr(ShardReader, "load", gated)
+        stream = actcache.open(truth.root).stream(**SMALL)
+
+        def work():
+            try:
+                next(iter(stream))
+            except ActcacheError as error:
+                outcome.append(error)
+
+        consumer = threading.Thread(target=work)
+        consumer.start()
+        assert begun.wait(20)
+        closing = threading.Thread(target=stream.close)
+        closing.start()
+        wait_until(lambda: stream._filling._awaited.error is not None)
+        closed.set()
+        consumer.join(20)
+        closing.join(20)
+    assert "was closed, or moved" in str(outcome[0])
+    wait_until(lambda: not stream_threads())
+
+
 FORK = """
 import os, sys, threading
 import actcache
 from actcache.errors import UsageError
 from actcache.reader.filling import Filling
+from actcache.reader.window import Fill
 from actcache.store.shard import ShardReader
 
 gate, reading, read, start = threading.Event(), threading.Event(), ShardReader.load, Filling._begin
