@@ -47,7 +47,7 @@ from actcache.loops.compiled import compiled
 from actcache.reader.bench import device_read_bytes
 from actcache.reader.scatter import aligned_empty
 from actcache.store.codec import CRC_BYTES
-from actcache.store.local import Memory, lead
+from actcache.store.local import LocalFiles, Memory, lead
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
 
@@ -135,14 +135,13 @@ class Case:
         """Descriptors, first bytes, checksums and slots of all chunks."""
         loops = compiled()
         self.direct = None if loops is None else loops.direct
-        self.fds = {
-            s: os.open(self.path / self.capture.reader(s).key, os.O_RDONLY) for s in self.capture.committed()
-        }
+        files = LocalFiles(self.path, len(self.order), is_random=True)
+        self.files = {s: files.file(self.capture.reader(s).key) for s in self.capture.committed()}
         work = []
         for i, (shard, layer, chunk) in enumerate(self.order):
             start, n_bytes, crc = self.capture.reader(shard).as_is(layer, chunk) or (0, 0, 0)
-            slots = self.slots[i % len(self.slots)]
-            work.append((self.fds[shard], start, n_bytes, crc, slots.ctypes.data, 0, ROWS, lead(start)))
+            file, slots = self.files[shard], self.slots[i % len(self.slots)]
+            work.append((file.fd, start, n_bytes, crc, slots.ctypes.data, 0, ROWS, lead(start), *file.mapped))
         self.work = np.array(work)
 
     def stream_warm(self) -> int:

@@ -31,7 +31,7 @@ def text_of(name: str) -> str:
 
 
 class Engine:
-    """Compiled code. It may call `pread` where the system has one."""
+    """Compiled code. It may call `pread` and `madvise` where the system has them."""
 
     def __init__(self, text: str) -> None:
         from llvmlite import binding
@@ -40,7 +40,9 @@ class Engine:
             cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=2
         )
         if hasattr(os, "preadv"):
-            binding.add_symbol("pread", ctypes.cast(ctypes.CDLL(None).pread, ctypes.c_void_p).value)
+            system = ctypes.CDLL(None)
+            for name in ("pread", "madvise"):
+                binding.add_symbol(name, ctypes.cast(system[name], ctypes.c_void_p).value)
         self._engine = binding.create_mcjit_compiler(binding.parse_assembly(text), machine)
         self._engine.finalize_object()
 

@@ -3,6 +3,14 @@
 ; Rows to their slots of a window, %stride bytes apart, around the caches; those %chosen, or the first ones.
 define void @scatter(ptr %window, i64 %stride, ptr %slots, ptr %rows, i64 %row_bytes, ptr %chosen, i64 %n) {
 entry:
+  call void @place(ptr %window, i64 %stride, ptr %slots, ptr %rows, i64 %row_bytes, ptr %chosen, i64 %n)
+  fence seq_cst
+  ret void
+}
+
+; The same, but other threads may see something else until the next fence.
+define internal void @place(ptr %window, i64 %stride, ptr %slots, ptr %rows, i64 %row_bytes, ptr %chosen, i64 %n) {
+entry:
   %is_empty = icmp eq i64 %n, 0
   %takes_first = icmp eq ptr %chosen, null
   br i1 %is_empty, label %done, label %row
@@ -36,7 +44,6 @@ row.end:
   %more.rows = icmp ult i64 %i.next, %n
   br i1 %more.rows, label %row, label %done
 done:
-  fence seq_cst
   ret void
 }
 

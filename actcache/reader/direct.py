@@ -12,7 +12,7 @@ import numpy as np
 from actcache.loops.compiled import Direct
 from actcache.reader.layout import Source
 from actcache.reader.scatter import Target, address
-from actcache.store.local import LocalFiles, lead
+from actcache.store.local import NOT_MAPPED, LocalFiles, lead
 
 
 class Brought(NamedTuple):
@@ -26,8 +26,13 @@ class Brought(NamedTuple):
     scatter: float
 
 
-def bring(job: Sequence[Source], target: Target, files: LocalFiles, direct: Direct) -> Brought:
-    """The first chunks of a job to their slots, as far as they come."""
+def bring(
+    job: Sequence[Source], target: Target, files: LocalFiles, direct: Direct, *, is_warm: bool
+) -> Brought:
+    """The first chunks of a job to their slots, as far as they come.
+
+    is_warm  they are likely to be in the page cache, where they can be read without being copied from it.
+    """
     work, held = [], []
     for reader, lane, chunk, slots, chosen in job:
         found = reader.as_is(lane.layer_index, chunk)
@@ -40,7 +45,10 @@ def bring(job: Sequence[Source], target: Target, files: LocalFiles, direct: Dire
         held.append(file)
         start, n_bytes, crc = found
         of_chosen = 0 if chosen is None else address(chosen)
-        work.append((file.fd, start, n_bytes, crc, address(slots), of_chosen, len(slots), lead(start)))
+        mapped = file.mapped if is_warm else NOT_MAPPED
+        work.append(
+            (file.fd, start, n_bytes, crc, address(slots), of_chosen, len(slots), lead(start), *mapped)
+        )
     if not work:
         return Brought(0, 0, 0, 0.0, 0.0, 0.0)
     memory, jobs, cycles = files.memory(work[0][2]), np.array(work), np.zeros(3, np.int64)

@@ -9,7 +9,7 @@ Where rows land, in this machine's memory or on a device, is the `Window`'s busi
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ _STALLED_S = 300.0
 """Longer than any request to object storage is tried."""
 _READ_AHEAD_BYTES = 16 << 20
 _WARM_BYTES_PER_S = 20e9
-"""Having bytes read takes longer than this when they are not in memory, by far, and not as long when they are."""
+"""Having bytes read takes more of a processor than this when they are not in memory, by far, and less when they are."""
 
 Body = bytes | memoryview
 _NO_ROWS = np.empty((0, 0), np.uint8)
@@ -127,7 +127,7 @@ class Fill:
         self.error: BaseException | None = None
         self._layout: Layout | None = None
         self._pool, self._counters = pool, counters
-        self.files, self._fetching, self._is_warm = files, fetching, False
+        self.files, self._fetching, self.is_warm = files, fetching, False
         self._begun, self._done = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._n_jobs = 0
@@ -179,14 +179,20 @@ class Fill:
             self._finish()
 
     def _will_need(self, sources: list[Source]) -> None:
-        """Have chunks read before they are asked for. While the last ones were in memory already, only one is asked for."""
+        """Have chunks read before they are asked for. While the last ones were in memory already, one of them is tried first."""
         if self.files is None or not sources:
             return
-        n_bytes, begun = 0, perf_counter()
-        for source in sources[:1] if self._is_warm else sources:
-            source.reader.will_need(*source.at, self.files)
-            n_bytes += source.reader.n_bytes(*source.at)
-        self._is_warm = (perf_counter() - begun) * _WARM_BYTES_PER_S < n_bytes
+        if not self.is_warm or not self._are_in_memory(sources[:1], self.files):
+            self.is_warm = self._are_in_memory(sources, self.files)
+
+    @staticmethod
+    def _are_in_memory(sources: list[Source], files: LocalFiles) -> bool:
+        """Have chunks read; whether they seem to have been in memory already."""
+        begun = thread_time()
+        for source in sources:
+            source.reader.will_need(*source.at, files)
+        n_bytes = sum(source.reader.n_bytes(*source.at) for source in sources)
+        return (thread_time() - begun) * _WARM_BYTES_PER_S < n_bytes
 
     def _fetch(self, job: list[Source], room: Room) -> None:
         """What one request brings, on a thread that may wait."""
@@ -314,7 +320,7 @@ class _Decoding:
             raise _Stopped
         begun = perf_counter()
         self._fill.reading[threading.get_ident()] = self._job[0].reader.key
-        found = bring(self._job, target, self._fill.files, direct)
+        found = bring(self._job, target, self._fill.files, direct, is_warm=self._fill.is_warm)
         took = perf_counter() - begun
         self.read_s += took * found.read
         self.decode_s += took * found.decode

@@ -1,5 +1,10 @@
 """Chunks that are stored as they are come by the compiled way; what is not as it should be, by the ordinary one."""
 
+import errno
+import mmap
+import os
+from pathlib import Path
+
 import pytest
 
 import actcache
@@ -21,13 +26,13 @@ def store(tmp_path):
     return write_store(tmp_path / "s.zarr", n_sequences=24, width=64, codec="none", n_holdout_shards=0)
 
 
-@pytest.fixture
-def brought(monkeypatch):
-    """How many chunks came by each call."""
+@pytest.fixture(params=["copied", "mapped"])
+def brought(monkeypatch, request):
+    """How many chunks came by each call, all copied from the page cache, or all read in it."""
     found = []
 
-    def counting(*given):
-        result = bring(*given)
+    def counting(*given, is_warm):
+        result = bring(*given, is_warm=request.param == "mapped")
         found.append(result.n_chunks)
         return result
 
@@ -72,6 +77,72 @@ def test_a_file_that_ends_early(store, brought):
     stream = actcache.open(store.root).stream(batch_size=7, threads=1)
     with stream, pytest.raises(DamageError, match="ends after"):
         list(stream)
+
+
+def test_a_file_that_was_cut_short_while_it_was_open(store, brought):
+    """It is mapped as long as it was, and touching what is gone would kill."""
+    path = store.root / "acts/resid_post/rows/c.0.1.0"
+    with actcache.open(store.root).stream(batch_size=7, threads=1, epochs=None) as stream:
+        batches, n_rows = iter(stream), 0
+        while n_rows < 2 * stream.n_rows:  # then every file is open
+            n_rows += len(next(batches))
+        os.truncate(path, CHUNK_BYTES + 3)
+        with pytest.raises(DamageError, match="ends after"):
+            list(batches)
+    assert sum(brought) > 0
+
+
+def test_without_maps_chunks_are_copied(store, brought, monkeypatch):
+    def refuse(*_given, **_named):
+        raise OSError(errno.ENODEV, "no maps here")
+
+    monkeypatch.setattr(ShardReader, "decode", fail)
+    real = mmap.mmap
+    monkeypatch.setattr(
+        mmap, "mmap", lambda fd, *given, **named: (real if fd < 0 else refuse)(fd, *given, **named)
+    )
+    with actcache.open(store.root).stream(batch_size=7) as stream:
+        for batch in stream:
+            check_rows(store, batch)
+    assert sum(brought) > 0
+
+
+@pytest.mark.parametrize(("width", "rows_per_chunk"), [(32, 8), (480, 4), (1024, 8), (2080, 3)])
+def test_rows_of_any_size(tmp_path, brought, monkeypatch, width, rows_per_chunk):
+    """Narrower and wider than what is compared at once."""
+    store = write_store(
+        tmp_path / "s.zarr", n_sequences=8, width=width, codec="none", rows_per_chunk=rows_per_chunk
+    )
+    monkeypatch.setattr(ShardReader, "decode", fail)
+    with actcache.open(store.root).stream(batch_size=5) as stream:
+        for batch in stream:
+            check_rows(store, batch)
+    assert sum(brought) > 0
+
+
+def file_pages() -> int:
+    """Bytes of files that count as this process's memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssFile:")[1].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+def test_pages_of_maps_are_given_back(tmp_path, brought):
+    store = write_store(
+        tmp_path / "s.zarr",
+        n_sequences=1024,
+        seq_len=16,
+        per_shard=256,
+        rows_per_chunk=64,
+        width=512,
+        codec="none",
+    )
+    before = file_pages()
+    with actcache.open(store.root).stream(batch_size=512) as stream:
+        n_bytes = sum(batch.rows.nbytes for batch in stream)
+        assert file_pages() - before < n_bytes // 4
+    assert n_bytes > 16 << 20
+    assert sum(brought) > 0
 
 
 def test_other_codecs_and_narrow_rows_go_the_ordinary_way(tmp_path, brought):
