@@ -45,7 +45,7 @@ def bring(
         held.append(file)
         start, n_bytes, crc = found
         of_chosen = 0 if chosen is None else address(chosen)
-        mapped = file.mapped if is_warm else NOT_MAPPED
+        mapped = file.mapped() if is_warm else NOT_MAPPED
         work.append(
             (file.fd, start, n_bytes, crc, address(slots), of_chosen, len(slots), lead(start), *mapped)
         )

@@ -38,7 +38,7 @@ class _Part(NamedTuple):
     """Rows in slot order, ready to be cut into batches.
 
     rows  per hook, [n, columns].   layer, row  [n], the model layer and global row number of each.
-    own_before  [s + 1], how many of this rank's rows come before each slot of all ranks.
+    own_before  [s + 1], how many of this rank's rows come before each slot of all ranks, counted from anywhere.
     """
 
     rows: list[Tensor]
@@ -53,12 +53,13 @@ class _Part(NamedTuple):
 
     def cut(self, start: int, stop: int) -> "_Part":
         """Slots [start, stop)."""
-        a, z = int(self.own_before[start]), int(self.own_before[stop])
+        first, before, behind = (self.own_before.item(slot) for slot in (0, start, stop))
+        a, z = before - first, behind - first
         return _Part(
             [rows[a:z] for rows in self.rows],
             self.layer[a:z],
             self.row[a:z],
-            self.own_before[start : stop + 1] - a,
+            self.own_before[start : stop + 1],
         )
 
 
@@ -379,7 +380,12 @@ class Stream:
             [tensor[head - n : end] for tensor in tensors],
             np.concatenate([carried.layer, part.layer]),
             np.concatenate([carried.row, part.row]),
-            np.concatenate([carried.own_before[:-1], part.own_before + n]),
+            np.concatenate(
+                [
+                    carried.own_before[:-1] - carried.own_before[0],
+                    part.own_before + (n - part.own_before[0]),
+                ]
+            ),
         )
 
     def _sent(self, found: _Next) -> _Next:

@@ -30,8 +30,9 @@ _LIVENESS_S = 5.0
 _STALLED_S = 300.0
 """Longer than any request to object storage is tried."""
 _READ_AHEAD_BYTES = 16 << 20
-_WARM_BYTES_PER_S = 20e9
-"""Having bytes read takes more of a processor than this when they are not in memory, by far, and less when they are."""
+_WARM_BYTES_PER_S, _WARM_S = 20e9, 20e-6
+"""Having bytes read takes more of a processor than this when they are not in memory, by far, and less when they are. What comes
+on top is for a first call, of which nothing is in the processor's caches."""
 
 Body = bytes | memoryview
 _NO_ROWS = np.empty((0, 0), np.uint8)
@@ -192,7 +193,7 @@ class Fill:
         for source in sources:
             source.reader.will_need(*source.at, files)
         n_bytes = sum(source.reader.n_bytes(*source.at) for source in sources)
-        return (thread_time() - begun) * _WARM_BYTES_PER_S < n_bytes
+        return thread_time() - begun < _WARM_S + n_bytes / _WARM_BYTES_PER_S
 
     def _fetch(self, job: list[Source], room: Room) -> None:
         """What one request brings, on a thread that may wait."""

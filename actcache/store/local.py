@@ -4,40 +4,57 @@ import ctypes
 import mmap
 import os
 import threading
-from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
 
 _LINE = 64
 NOT_MAPPED = (0, 0)
+_FAILED = ctypes.c_void_p(-1).value
+_system = ctypes.CDLL(None)
+_system.mmap.restype = ctypes.c_void_p
+_system.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+_system.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class _File:
     """A file open for reading, closed when nobody refers to it: one that is in use outlives its eviction."""
 
-    __slots__ = ("_map", "fd", "mapped")
+    __slots__ = ("_lock", "_mapped", "fd")
 
     def __init__(self, path: str, *, is_random: bool) -> None:
-        self.fd, self.mapped = -1, NOT_MAPPED
-        """`mapped`: addresses of the file's first byte in memory, and of the one behind its last.
+        self.fd, self._lock = -1, threading.Lock()
+        self._mapped: tuple[int, int] | None = None
+        self.fd = os.open(path, os.O_RDONLY)
+        if is_random and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def mapped(self) -> tuple[int, int]:
+        """Addresses in memory of the file's first byte, and of the one behind its last; `NOT_MAPPED` where it can't be mapped.
 
         A page of a map that the system can't bring (the file was cut short, the disk is dead) kills whoever touches it, and
         pages that were touched count as this process's memory. So let the system bring a chunk's pages first, which may fail
         without harm, read the chunk, and give them back: `bring` in loops_x86.ll. What is left is a file that is cut short in
         the 50 us between.
         """
-        self.fd = os.open(path, os.O_RDONLY)
-        if is_random and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
-            with suppress(OSError, ValueError):  # no maps in this file system, or nothing in the file
-                self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
-                address = np.frombuffer(self._map, np.uint8).ctypes.data
-                self.mapped = (address, address + len(self._map))
+        with self._lock:
+            if self._mapped is None:
+                self._mapped = _map(self.fd)
+            return self._mapped
 
     def __del__(self) -> None:
+        if self._mapped is not None and self._mapped != NOT_MAPPED:
+            begin, end = self._mapped
+            _system.munmap(begin, end - begin)
         if self.fd >= 0:
             os.close(self.fd)
+
+
+def _map(fd: int) -> tuple[int, int]:
+    """Of a whole file. Python's own `mmap` keeps another descriptor for each."""
+    n_bytes = os.fstat(fd).st_size
+    if not n_bytes:
+        return NOT_MAPPED
+    begin = _system.mmap(None, n_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    return NOT_MAPPED if begin in (None, _FAILED) else (begin, begin + n_bytes)
 
 
 class Memory:
@@ -62,7 +79,7 @@ class LocalFiles:
     """Ranges of files under `root`; safe to share among threads.
 
     most_open  files that are kept open, which is sound because none is ever replaced.
-    is_random  ranges come in no order: the system is not to read what lies behind them too. Only such files are mapped.
+    is_random  ranges come in no order: the system is not to read what lies behind them too.
     """
 
     def __init__(self, root: Path, most_open: int = 0, *, is_random: bool = False) -> None:

@@ -1,7 +1,5 @@
 """Chunks that are stored as they are come by the compiled way; what is not as it should be, by the ordinary one."""
 
-import errno
-import mmap
 import os
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import actcache
 from actcache.errors import DamageError
 from actcache.loops.compiled import compiled
 from actcache.reader import window
+from actcache.store import local
 from actcache.store.shard import ShardReader
 from tests.conftest import check_rows, write_store
 
@@ -93,14 +92,8 @@ def test_a_file_that_was_cut_short_while_it_was_open(store, brought):
 
 
 def test_without_maps_chunks_are_copied(store, brought, monkeypatch):
-    def refuse(*_given, **_named):
-        raise OSError(errno.ENODEV, "no maps here")
-
     monkeypatch.setattr(ShardReader, "decode", fail)
-    real = mmap.mmap
-    monkeypatch.setattr(
-        mmap, "mmap", lambda fd, *given, **named: (real if fd < 0 else refuse)(fd, *given, **named)
-    )
+    monkeypatch.setattr(local, "_map", lambda _fd: local.NOT_MAPPED)
     with actcache.open(store.root).stream(batch_size=7) as stream:
         for batch in stream:
             check_rows(store, batch)
