@@ -1,4 +1,7 @@
-"""What one pass over rows can do: norms, moments and extremes of columns, codes and what codes stand for. See of_rows.ll."""
+"""What one pass over rows can do: norms, moments and extremes of columns, codes and what codes stand for.
+
+See of_rows.ll and of_columns.ll.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -63,24 +66,24 @@ _STORED = {
 
 
 class RowLoops(NamedTuple):
-    """Loops over rows of one dtype. Arguments are addresses and numbers; see of_rows.ll.
+    """Loops over rows of one dtype. Arguments are addresses and numbers; see of_rows.ll and of_columns.ll.
 
     norms    (rows, n, d, norms).
+    said     (codes, n, d, scale, offset, rows).
+    placed   (numbers, n, d, slots, target).
     moments  (rows, stride, n, d, block, centre, sums, squares, least, greatest).
     extremes (rows, n, d, least, greatest).
-    codes    (rows, n, d, divisor, offset, codes).
-    said     (codes, n, d, scale, offset, rows).
     errors   (rows, others, n, d, block, squares).
-    placed   (numbers, n, d, slots, target).
+    coded    (rows, n, d, block, fits, inverse, scale, offset, codes, said, squares).
     """
 
     norms: Callable[..., None]
+    said: Callable[..., None]
+    placed: Callable[..., None]
     moments: Callable[..., None]
     extremes: Callable[..., None]
-    codes: Callable[..., None]
-    said: Callable[..., None]
     errors: Callable[..., None]
-    placed: Callable[..., None]
+    coded: Callable[..., None]
 
 
 @cache
@@ -94,17 +97,18 @@ def row_loops() -> dict[str, RowLoops]:
         f"declare float @llvm.sqrt.f32(float)\ndeclare {numbers} @llvm.roundeven.v{STEP}f32({numbers})\n"
     )
     around_caches = "\n!0 = !{i32 1}\n"
-    engine = Engine(declared + "".join(_text(dtype) for dtype in _STORED) + around_caches)
+    texts = [_text(name, dtype) for dtype in _STORED for name in ("of_rows.ll", "of_columns.ll")]
+    engine = Engine(declared + "".join(texts) + around_caches)
     of_one = [POINTER, INTEGER, INTEGER]
     return {
         dtype: RowLoops(
             engine.loop(f"norms_{dtype}", None, *of_one, POINTER),
+            engine.loop(f"said_{dtype}", None, *of_one, *[POINTER] * 3),
+            engine.loop(f"placed_{dtype}", None, *of_one, POINTER, POINTER),
             engine.loop(f"moments_{dtype}", None, POINTER, *[INTEGER] * 4, *[POINTER] * 5),
             engine.loop(f"extremes_{dtype}", None, *of_one, POINTER, POINTER),
-            engine.loop(f"codes_{dtype}", None, *of_one, *[POINTER] * 3),
-            engine.loop(f"said_{dtype}", None, *of_one, *[POINTER] * 3),
             engine.loop(f"errors_{dtype}", None, POINTER, *of_one, INTEGER, POINTER),
-            engine.loop(f"placed_{dtype}", None, *of_one, POINTER, POINTER),
+            engine.loop(f"coded_{dtype}", None, *of_one, INTEGER, *[POINTER] * 7),
         )
         for dtype in _STORED
     }
@@ -117,7 +121,7 @@ def row_loops_for(rows: NDArray[Any], dtype: str) -> RowLoops | None:
     return row_loops().get(dtype)
 
 
-def _text(dtype: str) -> str:
+def _text(name: str, dtype: str) -> str:
     stored = _STORED[dtype]
 
     def lines(several: tuple[str, ...], **names: str) -> str:
@@ -131,7 +135,7 @@ def _text(dtype: str) -> str:
             **names,
         )
 
-    return Template(text_of("of_rows.ll")).substitute(
+    return Template(text_of(name)).substitute(
         name=dtype,
         step=STEP,
         stored=stored.type,
@@ -140,6 +144,7 @@ def _text(dtype: str) -> str:
         keep=lines(stored.keep),
         aligned=STEP * stored.n_bytes,
         most=_same("float", 255.0),
+        exact=_same("i8", 255),
         total="\n  ".join(_folded("%sum.next", STEP)),
     )
 

@@ -20,7 +20,7 @@ from actcache.store.gathered import Found, Gathered, Run
 from actcache.store.quantise import EXACT, quantise
 from actcache.store.schema import Capture
 from actcache.store.shard import Chunks
-from actcache.store.statistics import row_statistics, squared_errors
+from actcache.store.statistics import row_statistics
 
 Parts = list[bytes | memoryview]
 
@@ -59,10 +59,8 @@ class RunEncoder:
 
     def _quantise(self, rows: NDArray[Any], run: Run) -> EncodedRun:
         q = quantise(rows, run.n_chunks, self._dtype, run.n_kept)
-        exact_rows, n_kept = q.exact_rows, run.n_kept
-        statistics = row_statistics(q.said, self._dtype, n_kept, exact_rows)
-        errors = squared_errors(rows[:n_kept], q.said[:n_kept], self._dtype, exact_rows[exact_rows < n_kept])
-        encoded = EncodedRun(Found(statistics, q.chunks, errors), [], [], [])
+        statistics = row_statistics(q.said, self._dtype, run.n_kept, q.exact_rows)
+        encoded = EncodedRun(Found(statistics, q.chunks, q.errors), [], [], [])
         for chunk in q.chunks:
             self._append(encoded, *self._codec.encode(self._padded(chunk.codes, EXACT)))
             block = chunk.block()

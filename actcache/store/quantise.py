@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from actcache.loops.of_rows import row_loops_for
 from actcache.store.dtypes import as_float32, disk_dtype, row_fill, scratch
-from actcache.store.statistics import extremes, row_norms
+from actcache.store.statistics import SUM_ROWS, extremes, row_norms, squared_errors
 
 EXACT = 255
 """The code, in every column, of a row that is stored exactly; of rows that are not there, too."""
@@ -81,10 +81,12 @@ class QuantisedRun(NamedTuple):
 
     chunks  each of them.
     said    [k * r, d] what they are read back as, in the dtype on disk: good until this thread quantises again.
+    errors  [d] float64, squares of the differences between rows and `said`, summed over kept rows.
     """
 
     chunks: list[Quantised]
     said: NDArray[Any]
+    errors: NDArray[np.float64]
 
     @property
     def exact_rows(self) -> NDArray[np.uint32]:
@@ -101,16 +103,24 @@ def quantise(rows: NDArray[Any], n_chunks: int, logical: str, kept: int) -> Quan
     rows_krd = rows.reshape(n_chunks, -1, rows.shape[1])
     fits = _ordinary(row_norms(rows[:kept], logical), rows_krd.shape[:2])
     scale, offset = _ranges(rows_krd, logical, fits)
-    codes = _codes(rows_krd, logical, scale, offset, kept, fits)
-    codes[~fits] = EXACT
-    said = scratch("said", codes.shape, disk_dtype(logical))
-    _decode(codes, scale, offset, logical, said)
+    inverse = np.where(scale > 0, np.float32(1) / np.where(scale > 0, scale, np.float32(1)), np.float32(1))
+    said = scratch("said", rows_krd.shape, disk_dtype(logical))
+    found = None
+    if kept == len(rows):
+        found = _coded(rows_krd, logical, fits, (inverse, scale, offset), said)
+    if found is None:
+        codes = _codes(rows_krd, logical, scale > 0, inverse, offset, kept, fits)
+        codes[~fits] = EXACT
+        _decode(codes, scale, offset, logical, said)
+        said[~fits] = rows_krd[~fits]
+        exact_rows = np.flatnonzero(~fits.reshape(-1)[:kept]).astype(np.uint32)
+        found = codes, squared_errors(rows[:kept], said.reshape(rows.shape)[:kept], logical, exact_rows)
+    codes, errors = found
     chunks = []
     for i, (of_chunk, fit) in enumerate(zip(rows_krd, fits, strict=True)):
         exact_rows = np.flatnonzero(~fit).astype(np.uint32)
         chunks.append(Quantised(codes[i], scale[i], offset[i], exact_rows, of_chunk[exact_rows]))
-        said[i, exact_rows] = chunks[i].exact
-    return QuantisedRun(chunks, said.reshape(rows.shape))
+    return QuantisedRun(chunks, said.reshape(rows.shape), errors)
 
 
 def _ordinary(norms: F32, shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -120,9 +130,13 @@ def _ordinary(norms: F32, shape: tuple[int, int]) -> NDArray[np.bool_]:
     norm[: len(norms)] = norms
     norm = norm.reshape(k, r)
     is_usable = norm < _LARGEST  # false for NaN
-    limit = np.zeros((k, 1), np.float32)
-    for i in np.flatnonzero(is_usable.any(1)):
-        limit[i] = OUTLIER_NORM_RATIO * np.median(norm[i, is_usable[i]])
+    if is_usable.all():
+        median = np.median(norm, axis=1, keepdims=True)
+    else:
+        median = np.zeros((k, 1), np.float32)
+        for i in np.flatnonzero(is_usable.any(1)):
+            median[i] = np.median(norm[i, is_usable[i]])
+    limit = np.float32(OUTLIER_NORM_RATIO) * median
     return is_usable & (norm <= limit)
 
 
@@ -137,22 +151,46 @@ def _ranges(rows_krd: NDArray[Any], logical: str, fits: NDArray[np.bool_]) -> tu
     return np.where(greatest > least, np.maximum(bits.view(np.float32), _LEAST_SCALE), np.float32(0)), least
 
 
+def _coded(
+    rows_krd: NDArray[Any],
+    logical: str,
+    fits: NDArray[np.bool_],
+    ranges: tuple[F32, F32, F32],
+    said: NDArray[Any],
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]] | None:
+    """Codes [k, r, d] and squared errors [d] by a compiled loop, and `said` on the way; None where there is none that can be used.
+
+    ranges  inverse of the scale, scale, offset, [k, d] each.
+    """
+    loops = row_loops_for(rows_krd[0], logical)
+    if loops is None:
+        return None
+    codes, errors = np.empty(rows_krd.shape, np.uint8), np.zeros(rows_krd.shape[2])
+    for rows, *arrays in zip(rows_krd, fits, *ranges, codes, said, strict=True):
+        loops.coded(
+            rows.ctypes.data,
+            *(*rows.shape, SUM_ROWS),
+            *(array.ctypes.data for array in arrays),
+            errors.ctypes.data,
+        )
+    return (codes, errors) if np.isfinite(errors).all() else None
+
+
 def _codes(
-    rows_krd: NDArray[Any], logical: str, scale: F32, offset: F32, kept: int, fits: NDArray[np.bool_]
+    rows_krd: NDArray[Any],
+    logical: str,
+    has_range: NDArray[np.bool_],
+    inverse: F32,
+    offset: F32,
+    kept: int,
+    fits: NDArray[np.bool_],
 ) -> NDArray[np.uint8]:
     """Nearest codes [k, r, d]; excluded rows within half a step of the range in every column are added to `fits`."""
-    k, r, d = rows_krd.shape
-    has_range = scale > 0
-    divisor, loops = np.where(has_range, scale, np.float32(1)), row_loops_for(rows_krd[0], logical)
-    if loops is not None and kept == k * r:
-        codes = np.empty(rows_krd.shape, np.uint8)
-        for rows, *arrays in zip(rows_krd, divisor, offset, codes, strict=True):
-            loops.codes(rows.ctypes.data, r, d, *(array.ctypes.data for array in arrays))
-        return codes
+    r = rows_krd.shape[1]
     x_krd = as_float32(rows_krd, logical)
     with np.errstate(over="ignore", invalid="ignore"):
         t = np.subtract(x_krd, offset[:, None], out=scratch("codes", x_krd.shape))
-        t /= divisor[:, None]
+        t *= inverse[:, None]
         for i, rest in enumerate(fits):
             first = max(0, kept - i * r)
             if first < r:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from actcache.loops.of_rows import RowLoops, row_loops_for
 from actcache.store.dtypes import as_float32, scratch
 
-_SUM_ROWS = 32
+SUM_ROWS = 32
+"""Summed in float32 before they are added up in float64."""
 _CENTRE_OF = 4
 _SAFE = (1e-12, 1e17)
 """Between these the squares of float32 numbers, summed over a block, keep their digits."""
@@ -70,7 +71,7 @@ def squared_errors(rows: NDArray[Any], said: NDArray[Any], dtype: str, exact_row
     loops = row_loops_for(rows, dtype)
     if loops is not None:
         squares = np.zeros(rows.shape[1])
-        loops.errors(_address(rows), _address(said), *rows.shape, _SUM_ROWS, _address(squares))
+        loops.errors(_address(rows), _address(said), *rows.shape, SUM_ROWS, _address(squares))
         if np.isfinite(squares).all():  # rows stored exactly differ by nothing, but may hold anything
             return squares
     with np.errstate(invalid="ignore"):
@@ -131,7 +132,7 @@ def _pass(rows: NDArray[Any], of: int, centre: NDArray[np.float32], loops: RowLo
     deviation, squares = np.zeros((2, d))
     least, greatest = _no_extremes(d)
     arrays = [_address(array) for array in (centre, deviation, squares, least, greatest)]
-    loops.moments(_address(rows), of * d, -(-n // of), d, _SUM_ROWS, *arrays)
+    loops.moments(_address(rows), of * d, -(-n // of), d, SUM_ROWS, *arrays)
     return _Sums(centre, deviation, squares, least, greatest)
 
 
@@ -150,16 +151,16 @@ def _sums(x: NDArray[np.float32]) -> _Sums:
 
 
 def column_sums(x: NDArray[np.floating]) -> F64:
-    """Sums of columns [d] in float64, of float32 sums of `_SUM_ROWS` rows at a time."""
-    whole = len(x) // _SUM_ROWS * _SUM_ROWS
-    parts = np.add.reduce(x[:whole].reshape(-1, _SUM_ROWS, x.shape[1]), axis=1)
+    """Sums of columns [d] in float64, of float32 sums of `SUM_ROWS` rows at a time."""
+    whole = len(x) // SUM_ROWS * SUM_ROWS
+    parts = np.add.reduce(x[:whole].reshape(-1, SUM_ROWS, x.shape[1]), axis=1)
     return parts.sum(0, dtype=np.float64) + np.add.reduce(x[whole:], axis=0).astype(np.float64)
 
 
 def _sums_of_squares(x: NDArray[np.floating]) -> F64:
     """Likewise of the squares."""
-    whole = len(x) // _SUM_ROWS * _SUM_ROWS
-    blocks, rest = x[:whole].reshape(-1, _SUM_ROWS, x.shape[1]), x[whole:]
+    whole = len(x) // SUM_ROWS * SUM_ROWS
+    blocks, rest = x[:whole].reshape(-1, SUM_ROWS, x.shape[1]), x[whole:]
     parts = np.einsum("brd,brd->bd", blocks, blocks)
     return parts.sum(0, dtype=np.float64) + np.einsum("rd,rd->d", rest, rest).astype(np.float64)
 
