@@ -150,7 +150,7 @@ class Bench:
                 planned = catalog.shards.records[shard]
                 gathered = Gathered(found.capture, spec, planned, lambda *_: None)
                 for _ in EncodedShard(
-                    rows[:, : planned.stored], encoder, gathered, pool, 2 * self.threads + 2
+                    rows[:, : planned.stored], encoder, gathered, pool, self.threads + 2
                 ):
                     pass
         spent = time.perf_counter() - started

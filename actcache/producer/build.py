@@ -327,7 +327,7 @@ def fill_shards(
                 pool,
                 __version__,
                 where,
-                n_ahead=2 * encode_threads + 2,
+                n_ahead=encode_threads + 2,
                 allow_non_finite=allow_non_finite,
                 generations=(generations or {}).get(c.capture.name),
             )

@@ -1,7 +1,6 @@
 """Rows of a shard to the bytes of its object, on a pool of threads, with the statistics of each run of chunks on the way.
 
-A run is still in the processor's cache when its statistics are taken. Steps of a megabyte keep the threads out of each
-other's way: with shorter ones they wait for the interpreter's lock more than they work.
+A run is still in the processor's caches when its statistics are taken.
 """
 
 from collections import deque

@@ -73,7 +73,7 @@ class ShardCommitter:
     `write` needs the rows and threads that encode, `finish` waits for the disk: the two halves of `commit`.
 
     where             says, for an error, which place of the corpus a row (shard, row within it) comes from.
-    n_ahead           runs of chunks, of a megabyte or so, encoded ahead of the writer.
+    n_ahead           runs of chunks, of some megabytes each, encoded ahead of the writer.
     allow_non_finite  commits rows with NaN or infinity: counted, and left out of the statistics.
     generations       by shard, those that are rebuilt: which generation is written; of others the first, 0.
     """

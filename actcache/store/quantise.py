@@ -4,7 +4,7 @@ Scale and offset come from the chunk's ordinary rows: those that are kept and no
 median norm of its kept rows. A language model has a few rows a hundred times longer than all others; a range that had
 to hold them would leave the others a handful of codes. Such rows, and excluded ones outside the range, are stored
 exactly; code 255 in every column says so. Real activations, 256 rows a chunk: the error is 3e-5 to 1e-4 of the
-variance of ordinary rows, of the worst dimension at most 2e-4 (docs/explanation/quantised.md).
+variance of ordinary rows, of the worst dimension at most 2e-4 (docs/how-to/quantise.md).
 
 A scale has at most 16 significant bits, so `scale * code` is exact in float32 and the sum is rounded once: a device
 that fuses multiplication and addition finds the same bits as one that does not.
