@@ -113,3 +113,4 @@ entry:
   %20 = zext i32 %19 to i64
   ret i64 %20
 }
+declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)

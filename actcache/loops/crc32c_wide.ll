@@ -1,6 +1,6 @@
 ; crc32c of %n bytes behind those whose crc32c is %before, 256 at a time: each 128 bits are multiplied by what x^2048 leaves of a division by the polynomial, and
 ; added to those 2048 bits further on (Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ
-; Instruction", Intel, 2009). Constants: x^(d + 63) and x^(d - 1) modulo the polynomial, bits reversed, for d bits.
+; Instruction", Intel, 2009). What lies 2 KiB further on is fetched meanwhile. Constants: x^(d + 63) and x^(d - 1) modulo the polynomial, bits reversed, for d bits.
 define i32 @crc32c(ptr %data, i64 %n, ptr %shift, i32 %before) {
 entry:
   %begun = xor i32 %before, -1
@@ -30,6 +30,14 @@ block:
   br i1 %is_whole, label %fold, label %join
 fold:
   %from = getelementptr i8, ptr %data, i64 %at
+  %later.0 = getelementptr i8, ptr %from, i64 2048
+  call void @llvm.prefetch.p0(ptr %later.0, i32 0, i32 3, i32 1)
+  %later.1 = getelementptr i8, ptr %from, i64 2112
+  call void @llvm.prefetch.p0(ptr %later.1, i32 0, i32 3, i32 1)
+  %later.2 = getelementptr i8, ptr %from, i64 2176
+  call void @llvm.prefetch.p0(ptr %later.2, i32 0, i32 3, i32 1)
+  %later.3 = getelementptr i8, ptr %from, i64 2240
+  call void @llvm.prefetch.p0(ptr %later.3, i32 0, i32 3, i32 1)
   %from.0 = getelementptr i8, ptr %from, i64 0
   %new.0 = load <8 x i64>, ptr %from.0, align 1
   %low.0 = call <8 x i64> @llvm.x86.pclmulqdq.512(<8 x i64> %sum.0, <8 x i64> <i64 -1610642981159698432, i64 1452032738021343232, i64 -1610642981159698432, i64 1452032738021343232, i64 -1610642981159698432, i64 1452032738021343232, i64 -1610642981159698432, i64 1452032738021343232>, i8 0)
@@ -107,3 +115,4 @@ done:
 }
 declare <8 x i64> @llvm.x86.pclmulqdq.512(<8 x i64>, <8 x i64>, i8 immarg)
 declare <2 x i64> @llvm.x86.pclmulqdq(<2 x i64>, <2 x i64>, i8 immarg)
+declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)

@@ -1,4 +1,4 @@
-; Loops that need an instruction of one kind of processor: crc32. They follow those of loops.ll and a @crc32c.
+; Loops that need an instruction of one kind of processor: crc32. They follow those of loops.ll and a @crc32c, which declare what these use too.
 
 ; Chunks from files to their slots: read, compared, scattered. Says how many; the next one is not as it should be, or %n.
 ; %work, for each: file, first byte, bytes, crc32c, slots, rows chosen (0: the first), slots in number, where in %memory,
@@ -165,6 +165,5 @@ declare i32 @llvm.x86.sse42.crc32.32.8(i32, i8)
 declare i64 @llvm.readcyclecounter()
 declare i64 @pread(i32, ptr, i64, i64)
 declare i32 @madvise(ptr, i64, i32)
-declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)
 declare i64 @llvm.umin.i64(i64, i64)
 declare i64 @llvm.umax.i64(i64, i64)

@@ -62,7 +62,7 @@ def _try_lock(lock: Path) -> int | None:
     return None
 
 
-_WRITE_BYTES = 2 << 20
+_WRITE_BYTES = 1 << 20
 _MOST_PIECES = 1000
 """Of one call; systems allow 1,024."""
 
@@ -85,7 +85,7 @@ class Writer:
     def write(self, *parts: bytes | memoryview) -> None:
         """Append bytes, which must stay what they are until `flush`; DiskFullError when there is no room.
 
-        They are handed to the system some megabytes at a time: each piece that does not end with a page costs it a third more.
+        They are handed to the system a megabyte or so at a time: each piece that does not end with a page costs it a third more.
         """
         for part in parts:
             if len(part):
