@@ -149,9 +149,7 @@ class Bench:
             for shard in range(catalog.grid.n_shards):
                 planned = catalog.shards.records[shard]
                 gathered = Gathered(found.capture, spec, planned, lambda *_: None)
-                for _ in EncodedShard(
-                    rows[:, : planned.stored], encoder, gathered, pool, self.threads + 2
-                ):
+                for _ in EncodedShard(rows[:, : planned.stored], encoder, gathered, pool, self.threads + 2):
                     pass
         spent = time.perf_counter() - started
         shutil.rmtree(self.work / f"{codec}.zarr")

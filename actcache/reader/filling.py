@@ -37,7 +37,7 @@ from actcache.store.shard import ShardReader
 
 _CLOSE_S = 5.0
 _OPEN_FILES = 128
-"""Twice as many as chunks are asked for ahead: one that was opened to be asked for is still open when it is read."""
+"""More than chunks are asked for ahead: one that was opened to be asked for is still open when it is read."""
 
 
 class Filling:

@@ -10,10 +10,11 @@ from actcache.reader.courier import Courier, pinned_allocator
 from actcache.reader.device import Chunk, DeviceWindows, Staging
 from actcache.reader.selection import Delivery
 from actcache.reader.side import Side, open_side
-from actcache.reader.window import JOB_BYTES
 
 FETCHED_BYTES = 64 << 20
 """What may have come from object storage and not be decoded yet."""
+STAGED_BYTES = 4 << 20
+"""Of decoded chunks, in each piece of memory that crosses to a device."""
 _ORDER_BYTES_PER_ROW = 160
 """Of a window: while it is laid out, and what is kept of two."""
 _COMPILER_BYTES = 72 << 20
@@ -44,7 +45,7 @@ def place(
     besides += 0 if compiled() is None else _COMPILER_BYTES
     window_bytes = sum(shape.n_bytes for shape in shapes)
     if side is not None:
-        staging = Staging(side, chunk, max(1, JOB_BYTES // chunk.n_bytes))
+        staging = Staging(side, chunk, max(1, STAGED_BYTES // chunk.n_bytes))
         on_device = _fitting(delivery, side, window_bytes, delivery.threads * staging.device_bytes_per_thread)
         if on_device:
             staged = delivery.threads * staging.host_bytes_per_thread

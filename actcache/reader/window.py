@@ -24,12 +24,12 @@ from actcache.reader.scatter import Target
 from actcache.store.local import LocalFiles
 from actcache.store.quantise import Quantised
 
-JOB_BYTES = 4 << 20
-"""Decoded bytes that a thread takes on at a time."""
+JOB_BYTES = 8 << 20
+"""Decoded bytes that a thread takes on at a time; half of it where a window has no two jobs for each thread otherwise."""
 _LIVENESS_S = 5.0
 _STALLED_S = 300.0
 """Longer than any request to object storage is tried."""
-_READ_AHEAD_BYTES = 16 << 20
+_READ_AHEAD_BYTES = 24 << 20
 _WARM_BYTES_PER_S, _WARM_S = 20e9, 20e-6
 """Having bytes read takes more of a processor than this when they are not in memory, by far, and less when they are. What comes
 on top is for a first call, of which nothing is in the processor's caches."""
@@ -162,7 +162,8 @@ class Fill:
             self._fail(error)
 
     def _begin_reading(self, sources: list[Source]) -> None:
-        jobs = handfuls(sources, self._chunks_per_job)
+        fair, most = len(sources) // (2 * self._pool._max_workers), self._chunks_per_job
+        jobs = handfuls(sources, min(most, max(fair, most // 2, 1)))
         self._expect(len(jobs))
         self._will_need(sources[: self._n_ahead])
         for start, job in jobs:

@@ -94,7 +94,7 @@ def test_the_rows_are_those_of_a_cpu(chosen, data):
         with store.stream(**options) as stream:
             expected = everything(stream)
         patch.setattr(placement, "open_side", lambda _name: side)
-        patch.setattr(placement, "JOB_BYTES", data.draw(st.sampled_from([1, 1000, 2 << 20])))
+        patch.setattr(placement, "STAGED_BYTES", data.draw(st.sampled_from([1, 1000, 2 << 20])))
         patch.setattr("actcache.reader.stream.BATCHES_AHEAD", data.draw(st.sampled_from([1, 4])))
         with store.stream(**options, **place, device="cuda") as stream:
             kept_to_the_end = everything(stream)
@@ -131,7 +131,7 @@ def test_no_memory_is_used_again_before_it_was_copied(truth, late, place, kind, 
     with stream_on(truth, device="cpu", epochs=6) as stream:
         expected = everything(stream)
     side = late(kind(rate=0.1 if kind is LateSide else 0.0, is_apart=True))
-    monkeypatch.setattr(placement, "JOB_BYTES", 1)
+    monkeypatch.setattr(placement, "STAGED_BYTES", 1)
     with stream_on(truth, **place, epochs=6, threads=1) as stream:
         kept = [
             (*b.hooks.values(), *(getattr(b, n) for n in ("layer", "sequence", "position", "token")))
@@ -294,7 +294,7 @@ def test_a_device_that_stops_is_an_error(monkeypatch):
 def test_a_device_that_stops_ends_the_stream(truth, late, monkeypatch):
     monkeypatch.setattr(side, "_PATIENCE_S", 0.02)
     late(LateSide(rate=0.0))
-    monkeypatch.setattr(placement, "JOB_BYTES", 1)
+    monkeypatch.setattr(placement, "STAGED_BYTES", 1)
     with stream_on(truth) as stream, pytest.raises(UnreachableError, match="has not finished copying"):
         list(stream)
 
