@@ -18,6 +18,8 @@ _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
 _FEISTEL_ROUNDS = 6
+_MOST_TIMES = 4
+"""Where all numbers of a network are so many times those that are asked for, at most, all are sent through it once."""
 
 
 def derive(seed: int, *labels: int | str) -> int:
@@ -64,19 +66,29 @@ def feistel(key: int, index: NDArray[np.integer], n: int) -> NDArray[np.int64]:
 
 def feistel_each(keys: Sequence[int], index: NDArray[np.integer], n: int) -> NDArray[np.int64]:
     """`feistel` under several keys at once: row i of `index` [keys, m] under key i."""
-    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     rounds = np.array(
         [[derive(key, "feistel", r) for key in keys] for r in range(_FEISTEL_ROUNDS)], np.uint64
     )
     out = np.asarray(index).astype(np.uint64)
+    if 1 << 2 * half <= _MOST_TIMES * out.shape[1]:
+        everything = np.tile(np.arange(1 << 2 * half, dtype=np.uint64), (len(keys), 1))
+        sent = _network(rounds[:, :, None], everything, half)
+        out = np.take_along_axis(sent, out.astype(np.int64), 1)
+        while (beyond := out >= n).any():
+            out[beyond] = sent[np.nonzero(beyond)[0], out[beyond]]
+        return out.astype(np.int64)
     todo = np.ones(out.shape, dtype=bool)
     while todo.any():
-        of_key = np.nonzero(todo)[0]
-        x = out[todo]
-        left, right = x >> half, x & mask
-        for key in rounds:
-            left, right = right, left ^ (hash_u64(key[of_key], right) & mask)
-        out[todo] = (left << half) | right
+        out[todo] = _network(rounds[:, np.nonzero(todo)[0]], out[todo], half)
         todo[todo] = out[todo] >= np.uint64(n)
     return out.astype(np.int64)
+
+
+def _network(rounds: NDArray[np.uint64], x: NDArray[np.uint64], half: int) -> NDArray[np.uint64]:
+    """Numbers of 2 * `half` bits, once through the Feistel network; in `rounds` [round, ...] the keys stand opposite."""
+    n_bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = x >> n_bits, x & mask
+    for key in rounds:
+        left, right = right, left ^ (hash_u64(key, right) & mask)
+    return (left << n_bits) | right
