@@ -88,7 +88,7 @@ class Filling:
         self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES, is_random=True)
         self._fills: dict[tuple[int, int], Filled] = {}
         self._awaited: Filled | None = None
-        self._ending = threading.Lock()  # another thread may close while the consumer waits
+        self._ending = threading.RLock()  # another thread may close while the consumer waits
         self._taken = (0, -1)
         self._pool: ThreadPoolExecutor | None = None
         self._fetching: Fetching | None = None
@@ -222,6 +222,9 @@ class Filling:
                     if fill.error is None:  # else nobody wants it any more
                         self.read_ahead(epoch, window)
             return fill, fill.wait()
+        except BaseException:
+            self.forget()  # what else was begun may have failed of the same: whoever iterates again tries it again
+            raise
         finally:
             self._awaited = None
             self.counters.add(waited_s=perf_counter() - started)
@@ -234,9 +237,9 @@ class Filling:
         self._check_process()
         if self.courier is not None:
             self.courier.settle()
-        for key, fill in list(self._fills.items()):
+        for fill in list(self._fills.values()):
             if fill.error is not None:
-                del self._fills[key]  # whoever iterates again tries it again
+                self.forget()
                 raise fill.error
         epoch, window = max((epoch, window), self._taken)
         following = (epoch, window + 1) if window + 1 < self.order(epoch).n_windows else (epoch + 1, 0)

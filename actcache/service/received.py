@@ -253,7 +253,8 @@ class ServedFill:
         self._done.set()
 
     def wait_until_begun(self) -> None:
-        """Nothing to wait for: windows on their way do not wait for each other."""
+        """Wait until it is whole, not for ever: who asks for the next window is taken to be done with this one."""
+        self._done.wait(_LIVENESS_S)
 
     def wait(self) -> Layout:
         """Wait until the window is whole."""

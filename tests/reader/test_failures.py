@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import actcache
 from actcache.errors import ActcacheError, DamageError, UnreachableError
@@ -369,3 +370,24 @@ def test_a_fork_is_refused_and_never_hangs(truth):
         check=False,
     )
     assert done.returncode == 42, done.stderr
+
+
+def test_who_goes_on_after_an_error_never_meets_an_old_one(truth):
+    """Windows that were begun ahead failed of the same thing, which is mended now."""
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        expected = [batch.rows.clone() for batch in stream]
+    paths = sorted((truth.root / "acts/resid_post/rows").glob("c.0.[123].0"))
+    good = [path.read_bytes() for path in paths]
+    with actcache.open(truth.root).stream(**SMALL) as stream:
+        for path in paths:
+            os.truncate(path, 3)
+        fills = [stream._filling.get(0, window) for window in (0, 1)]
+        for fill in fills:
+            wait_until(lambda fill=fill: fill.is_done)
+        with pytest.raises(DamageError):
+            next(iter(stream))
+        for path, data in zip(paths, good, strict=True):
+            path.write_bytes(data)
+        found = [batch.rows for batch in stream]
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
