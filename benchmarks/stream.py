@@ -47,7 +47,7 @@ from actcache.loops.compiled import compiled
 from actcache.reader.bench import device_read_bytes
 from actcache.reader.scatter import aligned_empty
 from actcache.store.codec import CRC_BYTES
-from actcache.store.local import LocalFiles, Memory, lead
+from actcache.store.local import LocalFiles, Memory
 from actcache.store.objects import LocalObjects
 from actcache.store.open import Catalog
 
@@ -141,9 +141,7 @@ class Case:
         for i, (shard, layer, chunk) in enumerate(self.order):
             start, n_bytes, crc = self.capture.reader(shard).as_is(layer, chunk) or (0, 0, 0)
             file, slots = self.files[shard], self.slots[i % len(self.slots)]
-            work.append(
-                (file.fd, start, n_bytes, crc, slots.ctypes.data, 0, ROWS, lead(start), *file.mapped())
-            )
+            work.append((file.fd, start, n_bytes, crc, slots.ctypes.data, 0, ROWS, *file.mapped()))
         self.work = np.array(work)
 
     def stream_warm(self) -> int:

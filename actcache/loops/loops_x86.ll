@@ -1,9 +1,9 @@
 ; Loops that need an instruction of one kind of processor: crc32. They follow those of loops.ll and a @crc32c, which declare what these use too.
 
 ; Chunks from files to their slots: read, compared, scattered. Says how many; the next one is not as it should be, or %n.
-; %work, for each: file, first byte, bytes, crc32c, slots, rows chosen (0: the first), slots in number, where in %memory,
-; where the file is mapped (0: nowhere) and where the map ends. What is mapped is read there, unless the system says that it
-; can't be. It is compared while it is put: rows of a chunk that is not as it should be may have been put. Pages are given
+; %work, for each: file, first byte, bytes, crc32c, slots, rows chosen (0: the first), slots in number, where the file is
+; mapped (0: nowhere) and where the map ends. What is mapped is read there, unless the system says that it can't be; else it
+; is copied to %memory, to where `lead` in store/local.py says. It is compared while it is put: rows of a chunk that is not as it should be may have been put. Pages are given
 ; back after it; the system may map pages around those it is asked for, as far as the next multiple of 2 MiB.
 define i64 @bring(ptr %work, i64 %n, ptr %memory, ptr %window, i64 %stride, i64 %row_bytes, ptr %shift, ptr %cycles) {
 entry:
@@ -16,7 +16,7 @@ chunk:
   %is_more = icmp ult i64 %i, %n
   br i1 %is_more, label %get, label %done
 get:
-  %one = getelementptr [10 x i64], ptr %work, i64 %i
+  %one = getelementptr [9 x i64], ptr %work, i64 %i
   %file.wide = load i64, ptr %one
   %file = trunc i64 %file.wide to i32
   %first.at = getelementptr i64, ptr %one, i64 1
@@ -31,11 +31,9 @@ get:
   %chosen = load ptr, ptr %chosen.at
   %slots.n.at = getelementptr i64, ptr %one, i64 6
   %slots.n = load i64, ptr %slots.n.at
-  %lead.at = getelementptr i64, ptr %one, i64 7
-  %lead = load i64, ptr %lead.at
-  %map.at = getelementptr i64, ptr %one, i64 8
+  %map.at = getelementptr i64, ptr %one, i64 7
   %map = load i64, ptr %map.at
-  %map.end.at = getelementptr i64, ptr %one, i64 9
+  %map.end.at = getelementptr i64, ptr %one, i64 8
   %map.end = load i64, ptr %map.end.at
   %mapped.n = add i64 %map, %first
   %behind = add i64 %mapped.n, %bytes
@@ -73,6 +71,11 @@ put.mapped:
   %is_mapped.right = icmp eq i64 %crc.mapped.wide, %crc
   br i1 %is_mapped.right, label %next, label %done
 get.copy:
+  %line.begun = add i64 %first, 63
+  %line = lshr i64 %line.begun, 6
+  %line.next = add i64 %line, 1
+  %lead.far = shl i64 %line.next, 6
+  %lead = and i64 %lead.far, 4095
   %to = getelementptr i8, ptr %memory, i64 %lead
   %cycle.0 = call i64 @llvm.readcyclecounter()
   %got = call i64 @pread(i32 %file, ptr %to, i64 %bytes, i64 %first)

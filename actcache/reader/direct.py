@@ -4,6 +4,7 @@ Python is asked once for a job, not several times for each chunk, and other thre
 should be ends the call: the chunk it ended at goes the ordinary way, which knows what to make of it.
 """
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from actcache.loops.compiled import Direct
 from actcache.reader.layout import Source
 from actcache.reader.scatter import Target, address
-from actcache.store.local import NOT_MAPPED, LocalFiles, lead
+from actcache.store.local import NOT_MAPPED, LocalFiles
 
 
 class Brought(NamedTuple):
@@ -33,7 +34,7 @@ def bring(
 
     is_warm  they are likely to be in the page cache, where they can be read without being copied from it.
     """
-    work, held = [], []
+    work, held, n_most = array("q"), [], 0
     for reader, lane, chunk, slots, chosen in job:
         found = reader.as_is(lane.layer_index, chunk)
         if found is None:
@@ -43,22 +44,21 @@ def bring(
         except FileNotFoundError:
             break
         held.append(file)
-        start, n_bytes, crc = found
+        n_most = max(n_most, found[1])
         of_chosen = 0 if chosen is None else address(chosen)
         mapped = file.mapped() if is_warm else NOT_MAPPED
-        work.append(
-            (file.fd, start, n_bytes, crc, address(slots), of_chosen, len(slots), lead(start), *mapped)
-        )
-    if not work:
+        work.extend((file.fd, *found, address(slots), of_chosen, len(slots), *mapped))
+    if not held:
         return Brought(0, 0, 0, 0.0, 0.0, 0.0)
-    memory, jobs, cycles = files.memory(work[0][2]), np.array(work), np.zeros(3, np.int64)
+    cycles = np.zeros(3, np.int64)
     n = direct.bring(
-        jobs.ctypes.data,
-        len(work),
-        memory.address,
+        work.buffer_info()[0],
+        len(held),
+        files.memory(n_most).address,
         *target.place,
         direct.shift.ctypes.data,
         cycles.ctypes.data,
     )
-    n_bytes, n_rows = jobs[:n, [2, 6]].sum(0).tolist()
+    columns = len(work) // len(held)
+    n_bytes, n_rows = (sum(work[i : n * columns : columns]) for i in (2, 6))
     return Brought(n, n_bytes, n_rows, *(cycles / max(1, cycles.sum())).tolist())

@@ -128,7 +128,7 @@ class Fill:
         self.error: BaseException | None = None
         self._layout: Layout | None = None
         self._pool, self._counters = pool, counters
-        self.files, self._fetching, self.is_warm = files, fetching, False
+        self.files, self._fetching = files, fetching
         self._begun, self._done = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._n_jobs = 0
@@ -184,8 +184,8 @@ class Fill:
         """Have chunks read before they are asked for. While the last ones were in memory already, one of them is tried first."""
         if self.files is None or not sources:
             return
-        if not self.is_warm or not self._are_in_memory(sources[:1], self.files):
-            self.is_warm = self._are_in_memory(sources, self.files)
+        if not self.files.seem_warm or not self._are_in_memory(sources[:1], self.files):
+            self.files.seem_warm = self._are_in_memory(sources, self.files)
 
     @staticmethod
     def _are_in_memory(sources: list[Source], files: LocalFiles) -> bool:
@@ -322,7 +322,8 @@ class _Decoding:
             raise _Stopped
         begun = perf_counter()
         self._fill.reading[threading.get_ident()] = self._job[0].reader.key
-        found = bring(self._job, target, self._fill.files, direct, is_warm=self._fill.is_warm)
+        files = self._fill.files
+        found = bring(self._job, target, files, direct, is_warm=files.seem_warm)
         took = perf_counter() - begun
         self.read_s += took * found.read
         self.decode_s += took * found.decode

@@ -35,10 +35,11 @@ class _File:
         without harm, read the chunk, and give them back: `bring` in loops_x86.ll. What is left is a file that is cut short in
         the 50 us between.
         """
-        with self._lock:
-            if self._mapped is None:
-                self._mapped = _map(self.fd)
-            return self._mapped
+        if self._mapped is None:
+            with self._lock:
+                if self._mapped is None:
+                    self._mapped = _map(self.fd)
+        return self._mapped
 
     def __del__(self) -> None:
         if self._mapped is not None and self._mapped != NOT_MAPPED:
@@ -84,6 +85,8 @@ class LocalFiles:
 
     def __init__(self, root: Path, most_open: int = 0, *, is_random: bool = False) -> None:
         self.root, self._most_open, self._is_random = root, most_open, is_random
+        self.seem_warm = False
+        """Whether what was asked for last was in the page cache already. Whoever asks finds out, and keeps it here."""
         self._text = str(root)  # joining paths as text: a Path takes longer than the system call it is for
         self._open: dict[str, _File] = {}
         self._lock = threading.Lock()
