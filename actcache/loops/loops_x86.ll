@@ -1,7 +1,7 @@
 ; Loops that need an instruction of one kind of processor: crc32. They follow those of loops.ll and a @crc32c, which declare what these use too.
 
 ; Chunks from files to their slots: read, compared, scattered. Says how many; the next one is not as it should be, or %n.
-; %work, for each: file, first byte, bytes, crc32c, slots, rows chosen (0: the first), slots in number, where the file is
+; %work, for each: file (-1: it is in memory, first byte says where), first byte, bytes, crc32c, slots, rows chosen (0: the first), slots in number, where the file is
 ; mapped (0: nowhere) and where the map ends. What is mapped is read there, unless the system says that it can't be; else it
 ; is copied to %memory, to where `lead` in store/local.py says. It is compared while it is put: rows of a chunk that is not as it should be may have been put. Pages are given
 ; back after it; the system may map pages around those it is asked for, as far as the next multiple of 2 MiB.
@@ -35,6 +35,18 @@ get:
   %map = load i64, ptr %map.at
   %map.end.at = getelementptr i64, ptr %one, i64 8
   %map.end = load i64, ptr %map.end.at
+  %is_given = icmp eq i32 %file, -1
+  br i1 %is_given, label %put.given, label %find
+put.given:
+  %given.at = inttoptr i64 %first to ptr
+  %cycle.g0 = call i64 @llvm.readcyclecounter()
+  %crc.given = call i32 @put_comparing(ptr %window, i64 %stride, ptr %slots, ptr %given.at, i64 %row_bytes, ptr %chosen, i64 %slots.n, i64 %bytes, ptr %shift)
+  %cycle.g1 = call i64 @llvm.readcyclecounter()
+  %putting.given = sub i64 %cycle.g1, %cycle.g0
+  %crc.given.wide = zext i32 %crc.given to i64
+  %is_given.right = icmp eq i64 %crc.given.wide, %crc
+  br i1 %is_given.right, label %next, label %done
+find:
   %mapped.n = add i64 %map, %first
   %behind = add i64 %mapped.n, %bytes
   %is_in = icmp ule i64 %behind, %map.end
@@ -96,9 +108,9 @@ put:
   %scattering = sub i64 %cycle.3, %cycle.2
   br label %next
 next:
-  %read.took = phi i64 [ %copying, %put ], [ %mapping, %put.mapped ]
-  %compared.took = phi i64 [ %comparing, %put ], [ 0, %put.mapped ]
-  %scattered.took = phi i64 [ %scattering, %put ], [ %putting, %put.mapped ]
+  %read.took = phi i64 [ %copying, %put ], [ %mapping, %put.mapped ], [ 0, %put.given ]
+  %compared.took = phi i64 [ %comparing, %put ], [ 0, %put.mapped ], [ 0, %put.given ]
+  %scattered.took = phi i64 [ %scattering, %put ], [ %putting, %put.mapped ], [ %putting.given, %put.given ]
   %read.next = add i64 %read, %read.took
   %compared.next = add i64 %compared, %compared.took
   %scattered.next = add i64 %scattered, %scattered.took

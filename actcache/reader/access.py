@@ -252,6 +252,7 @@ class Store:
         memory: int | None = None,
         threads: int | None = None,
         io_threads: int | None = None,
+        page_cache: bool | None = None,
         device: str = "cpu",
         device_memory: int | None = None,
         dtype: torch.dtype | None = None,
@@ -292,7 +293,11 @@ class Store:
             drop_last: leave out a short last batch of an epoch.
             memory: bound in bytes; it suffices, or is refused with the least that would.
             threads: that decode, and read local disks; None: 2, or 1 on a single core.
-            io_threads: that wait for object storage, one request each; None: 16. Not used for local disks.
+            io_threads: that wait for object storage, one request each; None: 16. Of local disks, those that wait for what is
+                read around the page cache; None: 8.
+            page_cache: whether files of a local store are read through the system's page cache, which makes later epochs as
+                fast as memory where they fit. None: unless rows take more than half of this machine's memory; those are
+                read around it, at a fifth of the processor time, where not most of them happen to be in it.
             device: where batches go.
             device_memory: bound in bytes on windows in the memory of a GPU, where rows are then shuffled. None: a tenth of
                 the GPU, if two windows fit into that. 0: windows stay in this machine's memory.
@@ -375,6 +380,7 @@ class Store:
             threads=threads or min(2, os.cpu_count() or 1),
             memory_bytes=memory,
             io_threads=io_threads,
+            page_cache=page_cache,
             dtype=dtype,
             device=device,
             device_memory_bytes=device_memory,

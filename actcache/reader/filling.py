@@ -14,6 +14,7 @@ from actcache.loops.compiled import Told
 from actcache.reader.buffers import Shape, Window
 from actcache.reader.counters import Counters
 from actcache.reader.device import Chunk
+from actcache.reader.fetching import AROUND_THREADS, AroundCache, Fetching, Requests, machine_bytes
 from actcache.reader.filters import RowFilter
 from actcache.reader.follow import Follower
 from actcache.reader.layout import Lane, Layout, Places, lay_out
@@ -26,10 +27,10 @@ from actcache.reader.order import (
     runs_of,
     steps_of,
 )
-from actcache.reader.placement import FETCHED_BYTES, place
+from actcache.reader.placement import place
 from actcache.reader.provenance import Provenance
 from actcache.reader.selection import Delivery, Selection
-from actcache.reader.window import Fetching, Fill, Filled, Room, WindowSource
+from actcache.reader.window import Fill, Filled, WindowSource
 from actcache.store.dtypes import disk_dtype
 from actcache.store.local import LocalFiles
 from actcache.store.open import CaptureCatalog
@@ -38,6 +39,8 @@ from actcache.store.shard import ShardReader
 _CLOSE_S = 5.0
 _OPEN_FILES = 128
 """More than chunks are asked for ahead: one that was opened to be asked for is still open when it is read."""
+_CACHED_SHARE = 0.5
+"""Of memory: rows that take more are read around the page cache, where not most of them are in it."""
 
 
 class Filling:
@@ -75,25 +78,38 @@ class Filling:
         self.filter = self._make_filter(provenance, kept)
         self._is_mine = np.arange(selection.partitions) % delivery.world_size == delivery.rank
         self._orders: dict[int, GlobalOrder | CommitOrder] = {}
-        in_flight = captures[0].objects.n_in_flight
-        self._io_threads = (delivery.io_threads or in_flight) if in_flight else 0
         width = max(c.capture.width for c in captures)
         itemsize = max(disk_dtype(c.capture.dtype).itemsize for c in captures)
         is_quantised = any(c.capture.codec == "uint8" for c in captures)
         chunk = Chunk(grid.rows_per_chunk, width, itemsize, is_quantised)
         self._chunk_bytes = chunk.n_bytes
         self.shapes = self._shapes()
-        self.windows, self.courier = place(self.shapes, chunk, delivery, fetches=bool(self._io_threads))
         files = captures[0].files
         self._files = None if files is None else LocalFiles(files.root, _OPEN_FILES, is_random=True)
+        self._fetching = self._make_fetching()
+        fetched_bytes = 0 if self._fetching is None else self._fetching.room.limit
+        self.windows, self.courier = place(self.shapes, chunk, delivery, fetched_bytes=fetched_bytes)
         self._fills: dict[tuple[int, int], Filled] = {}
         self._awaited: Filled | None = None
         self._ending = threading.RLock()  # another thread may close while the consumer waits
         self._taken = (0, -1)
         self._pool: ThreadPoolExecutor | None = None
-        self._fetching: Fetching | None = None
         self._first_open = 0
         self._pid = os.getpid()
+
+    def _make_fetching(self) -> Fetching | None:
+        """What waits for bytes, if not the threads that decode."""
+        n_threads, in_flight = self._delivery.io_threads, self._captures[0].objects.n_in_flight
+        if in_flight:
+            return Requests(n_threads or in_flight)
+        if self._files is None or self._delivery.page_cache or not hasattr(os, "O_DIRECT"):
+            return None
+        row_bytes = sum(c.capture.width * disk_dtype(c.capture.dtype).itemsize for c in self._captures)
+        n_layers = len(self._selection.layers)
+        n_bytes = int(self.chunks.n_rows.sum()) * n_layers * row_bytes
+        if self._delivery.page_cache is None and n_bytes <= _CACHED_SHARE * machine_bytes():
+            return None
+        return AroundCache(self._files, self._chunk_bytes, n_threads or AROUND_THREADS)
 
     def _make_filter(self, provenance: Provenance, kept: NDArray[np.int64]) -> RowFilter | None:
         rules = self._selection.rules
@@ -258,9 +274,7 @@ class Filling:
         """Begin to fill a window in memory of the caller's choice."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._delivery.threads, thread_name_prefix="actcache-stream")
-            if self._io_threads:
-                waiting = ThreadPoolExecutor(self._io_threads, thread_name_prefix="actcache-fetch")
-                self._fetching = Fetching(waiting, Room(FETCHED_BYTES))
+            self._fetching = self._fetching or self._make_fetching()
         return Fill(
             into,
             lambda: self._lay_out(epoch, window),

@@ -11,8 +11,6 @@ from actcache.reader.device import Chunk, DeviceWindows, Staging
 from actcache.reader.selection import Delivery
 from actcache.reader.side import Side, open_side
 
-FETCHED_BYTES = 64 << 20
-"""What may have come from object storage and not be decoded yet."""
 STAGED_BYTES = 4 << 20
 """Of decoded chunks, in each piece of memory that crosses to a device."""
 _ORDER_BYTES_PER_ROW = 160
@@ -30,18 +28,18 @@ class Placement(NamedTuple):
 
 
 def place(
-    shapes: Sequence[Shape], chunk: Chunk, delivery: Delivery, *, fetches: bool, side: Side | None = None
+    shapes: Sequence[Shape], chunk: Chunk, delivery: Delivery, *, fetched_bytes: int, side: Side | None = None
 ) -> Placement:
     """Windows on the device where it has room, else in this machine's memory, pinned where a device copies from it.
 
-    fetches  chunks come from object storage.    side  of the device; None: opened here.
+    fetched_bytes  what may have been fetched and not be decoded yet.    side  of the device; None: opened here.
 
     Raises:
         MemoryBoundError: two windows do not fit a bound; says what would do.
         UsageError: there is no such device.
     """
     side = side or open_side(delivery.device)
-    besides = shapes[0].n_rows * _ORDER_BYTES_PER_ROW + (FETCHED_BYTES if fetches else 0)
+    besides = shapes[0].n_rows * _ORDER_BYTES_PER_ROW + fetched_bytes
     besides += 0 if compiled() is None else _COMPILER_BYTES
     window_bytes = sum(shape.n_bytes for shape in shapes)
     if side is not None:

@@ -1,6 +1,6 @@
 """One window being filled: chunks are read, checked, decoded and brought to their shuffled place by threads.
 
-From a local disk the threads that decode also read. From object storage other threads (`Fetching`) wait for requests,
+From a local disk, through the page cache, the threads that decode also read. Otherwise other threads (`Fetching`) wait,
 many at once, and hand what came to those that decode; the bytes between them are bounded, however many wait.
 
 Where rows land, in this machine's memory or on a device, is the `Window`'s business.
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter, thread_time
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from actcache.errors import ActcacheError, UnreachableError
 from actcache.reader.buffers import Window
 from actcache.reader.counters import Counters
-from actcache.reader.direct import bring
-from actcache.reader.layout import Layout, Source, by_request, handfuls
+from actcache.reader.direct import bring, bring_fetched
+from actcache.reader.fetching import Body, Fetched, Fetching
+from actcache.reader.layout import Layout, Source, handfuls
 from actcache.reader.scatter import Target
 from actcache.store.local import LocalFiles
 from actcache.store.quantise import Quantised
@@ -34,40 +35,8 @@ _WARM_BYTES_PER_S, _WARM_S = 20e9, 20e-6
 """Having bytes read takes more of a processor than this when they are not in memory, by far, and less when they are. What comes
 on top is for a first call, of which nothing is in the processor's caches."""
 
-Body = bytes | memoryview
 _NO_ROWS = np.empty((0, 0), np.uint8)
 T = TypeVar("T")
-
-
-class Room:
-    """A bound on bytes that are fetched, or being fetched, and not yet decoded."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._taken = limit, 0
-        self._changed = threading.Condition()
-
-    def take(self, n_bytes: int, is_over: Callable[[], bool]) -> bool:
-        """Wait for room (more than the limit fits when nothing else is there); False once `is_over`."""
-        with self._changed:
-            while not is_over():
-                if not self._taken or self._taken + n_bytes <= self._limit:
-                    self._taken += n_bytes
-                    return True
-                self._changed.wait(_LIVENESS_S)
-        return False
-
-    def give(self, n_bytes: int) -> None:
-        """Give back what was taken; 0 makes those that wait look whether they still should."""
-        with self._changed:
-            self._taken -= n_bytes
-            self._changed.notify_all()
-
-
-class Fetching(NamedTuple):
-    """Threads that wait for object storage, and the room for what they bring."""
-
-    pool: ThreadPoolExecutor
-    room: Room
 
 
 class Filled(Protocol):
@@ -153,10 +122,10 @@ class Fill:
             layout = lay_out()
             self._layout = layout
             self._counters.add(layout_s=perf_counter() - started)
-            if self._fetching is None:
-                self._begin_reading(layout.sources)
-            else:
+            if self._fetching is not None and self._fetching.takes(layout.sources):
                 self._begin_fetching(layout.sources, self._fetching)
+            else:
+                self._begin_reading(layout.sources)
             self._begun.set()
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             self._fail(error)
@@ -170,10 +139,10 @@ class Fill:
             self._pool.submit(self._work, job, sources[start + self._n_ahead :][: len(job)])
 
     def _begin_fetching(self, sources: list[Source], fetching: Fetching) -> None:
-        jobs = by_request(sources)
+        jobs = fetching.jobs(sources)
         self._expect(len(jobs))
         for job in jobs:
-            fetching.pool.submit(self._fetch, job, fetching.room)
+            fetching.pool.submit(self._fetch, job, fetching)
 
     def _expect(self, n_jobs: int) -> None:
         self._n_jobs = n_jobs
@@ -196,31 +165,33 @@ class Fill:
         n_bytes = sum(source.reader.n_bytes(*source.at) for source in sources)
         return thread_time() - begun < _WARM_S + n_bytes / _WARM_BYTES_PER_S
 
-    def _fetch(self, job: list[Source], room: Room) -> None:
-        """What one request brings, on a thread that may wait."""
-        reader, wanted = job[0].reader, [source.at for source in job]
-        n_bytes = sum(reader.n_bytes(*one) for one in wanted)
-        if not room.take(n_bytes, lambda: self.error is not None):
+    def _fetch(self, job: list[Source], fetching: Fetching) -> None:
+        """The bytes of a job, on a thread that may wait."""
+        n_bytes = fetching.room_for(job)
+        if not fetching.room.take(n_bytes, lambda: self.error is not None):
             return
         try:
             started = perf_counter()
-            self.reading[threading.get_ident()] = reader.key
-            bodies = reader.fetch(wanted)
+            self.reading[threading.get_ident()] = job[0].reader.key
+            fetched = fetching.fetch(job)
             del self.reading[threading.get_ident()]
-            self._counters.add(read_s=perf_counter() - started, n_requests=1)
-            self._pool.submit(self._work_on_fetched, job, bodies, room, n_bytes)
+            self._counters.add(read_s=perf_counter() - started, n_requests=int(fetching.is_remote))
+            self._pool.submit(self._work_on_fetched, job, fetched, fetching, n_bytes)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
-            room.give(n_bytes)
+            fetching.room.give(n_bytes)
             self._fail(error)
 
-    def _work_on_fetched(self, job: list[Source], bodies: list[Body], room: Room, n_bytes: int) -> None:
+    def _work_on_fetched(self, job: list[Source], fetched: Fetched, fetching: Fetching, n_bytes: int) -> None:
         try:
-            self._work(job, [], bodies)
+            self._work(job, [], fetched.bodies)
         finally:
-            bodies.clear()
-            room.give(n_bytes)
+            fetched.bodies.clear()
+            fetching.let_go(fetched)
+            fetching.room.give(n_bytes)
 
-    def _work(self, job: list[Source], ahead: list[Source], bodies: list[Body] | None = None) -> None:
+    def _work(
+        self, job: list[Source], ahead: list[Source], bodies: Sequence[Body | None] | None = None
+    ) -> None:
         """Bring a few chunks to their place, and have those `_READ_AHEAD_BYTES` further on read meanwhile."""
         try:
             if self.error is not None:
@@ -294,7 +265,7 @@ class _Stopped(Exception):
 class _Decoding:
     """The chunks of one job, one after the other, and what that took. See `Decoded`."""
 
-    def __init__(self, fill: Fill, job: list[Source], bodies: Sequence[Body] | None) -> None:
+    def __init__(self, fill: Fill, job: list[Source], bodies: Sequence[Body | None] | None) -> None:
         self._fill, self._job, self._bodies = fill, job, bodies
         self.read_s = self.decode_s = 0.0
         self._read_bytes = self._row_bytes = 0
@@ -315,15 +286,18 @@ class _Decoding:
         return len(self._job)
 
     def _bring_as_they_are(self, target: Target) -> int:
-        direct = None if target.loops is None else target.loops.direct
-        if direct is None or self._bodies is not None or self._fill.files is None:
+        direct, files = None if target.loops is None else target.loops.direct, self._fill.files
+        if direct is None or (self._bodies is None and files is None):
             return 0
         if self._fill.error is not None:
             raise _Stopped
         begun = perf_counter()
         self._fill.reading[threading.get_ident()] = self._job[0].reader.key
-        files = self._fill.files
-        found = bring(self._job, target, files, direct, is_warm=files.seem_warm)
+        if self._bodies is not None:
+            found = bring_fetched(self._job, self._bodies, target, direct)
+        else:
+            assert files is not None
+            found = bring(self._job, target, files, direct, is_warm=files.seem_warm)
         took = perf_counter() - begun
         self.read_s += took * found.read
         self.decode_s += took * found.decode
@@ -344,10 +318,9 @@ class _Decoding:
             raise _Stopped
         source, begun = self._job[number], perf_counter()
         self._fill.reading[threading.get_ident()] = source.reader.key
-        if self._bodies is None:
+        body = None if self._bodies is None else self._bodies[number]
+        if body is None:
             body = source.reader.load(*source.at, files=self._fill.files)
-        else:
-            body = self._bodies[number]
         loaded = perf_counter()
         found = decode(source, body)
         self.read_s += loaded - begun

@@ -13,6 +13,9 @@ _system = ctypes.CDLL(None)
 _system.mmap.restype = ctypes.c_void_p
 _system.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
 _system.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+CAN_ASK = hasattr(_system, "mincore")
+if CAN_ASK:
+    _system.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 class _File:
@@ -20,10 +23,10 @@ class _File:
 
     __slots__ = ("_lock", "_mapped", "fd")
 
-    def __init__(self, path: str, *, is_random: bool) -> None:
+    def __init__(self, path: str, *, is_random: bool, flags: int = 0) -> None:
         self.fd, self._lock = -1, threading.Lock()
         self._mapped: tuple[int, int] | None = None
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = os.open(path, os.O_RDONLY | flags)
         if is_random and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -81,10 +84,14 @@ class LocalFiles:
 
     most_open  files that are kept open, which is sound because none is ever replaced.
     is_random  ranges come in no order: the system is not to read what lies behind them too.
+    is_direct  files are opened to be read around the page cache, by whoever asks for `file`.
     """
 
-    def __init__(self, root: Path, most_open: int = 0, *, is_random: bool = False) -> None:
+    def __init__(
+        self, root: Path, most_open: int = 0, *, is_random: bool = False, is_direct: bool = False
+    ) -> None:
         self.root, self._most_open, self._is_random = root, most_open, is_random
+        self._flags = os.O_DIRECT if is_direct else 0
         self.seem_warm = False
         """Whether what was asked for last was in the page cache already. Whoever asks finds out, and keeps it here."""
         self._text = str(root)  # joining paths as text: a Path takes longer than the system call it is for
@@ -100,7 +107,7 @@ class LocalFiles:
         """
         found = self._open.get(key)
         if found is None:
-            found = _File(f"{self._text}/{key}", is_random=self._is_random)
+            found = _File(f"{self._text}/{key}", is_random=self._is_random, flags=self._flags)
             with self._lock:
                 self._open[key] = found
                 while len(self._open) > self._most_open:
@@ -140,6 +147,22 @@ class LocalFiles:
         except FileNotFoundError:
             return
         os.posix_fadvise(file.fd, start, n_bytes, os.POSIX_FADV_WILLNEED)
+
+    def is_cached(self, key: str, at: int) -> bool:
+        """Whether a byte of a file is in the page cache; also True where there is no telling, or no such byte.
+
+        The system tells the owner of a file, or who may write to it; others it tells that everything is.
+        """
+        try:
+            begin, end = self.file(key).mapped()
+        except FileNotFoundError:
+            return True
+        if not CAN_ASK or begin + at >= end:
+            return True
+        page, found = (begin + at) & -mmap.PAGESIZE, ctypes.c_ubyte()
+        if _system.mincore(page, mmap.PAGESIZE, ctypes.addressof(found)) != 0:
+            return True
+        return bool(found.value & 1)
 
     def close(self) -> None:
         """Close what nobody is reading. Reading again opens again."""

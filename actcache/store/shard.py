@@ -158,19 +158,20 @@ class ShardReader:
 
     def requests(self, wanted: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Which of the chunks `wanted` (layer index, chunk) to fetch together: those that lie side by side."""
-        return [request.parts for request in merge_ranges([self._range(*one) for one in wanted])]
+        return [request.parts for request in merge_ranges([self.range_of(*one) for one in wanted])]
 
     def n_bytes(self, layer_i: int, chunk: int) -> int:
         """Bytes of a chunk (and, where it is quantised, of the block behind it) without the last trailer."""
         return self._stored.item(layer_i, chunk) - CRC_BYTES
 
-    def _range(self, layer_i: int, chunk: int) -> tuple[int, int]:
+    def range_of(self, layer_i: int, chunk: int) -> tuple[int, int]:
+        """First byte of a chunk in its file, and `n_bytes`."""
         return self._offset.item(layer_i, chunk), self._stored.item(layer_i, chunk) - CRC_BYTES
 
     def fetch(self, wanted: Sequence[tuple[int, int]], *, fresh: bool = False) -> list[bytes | memoryview]:
         """Bytes of chunks (layer index, chunk) from object storage, not yet compared with anything: for `decode`."""
         try:
-            return self._objects.read_ranges(self.key, [self._range(*one) for one in wanted], fresh=fresh)
+            return self._objects.read_ranges(self.key, [self.range_of(*one) for one in wanted], fresh=fresh)
         except FileNotFoundError as error:
             raise self._missing() from error
 
@@ -190,7 +191,7 @@ class ShardReader:
         if files is None:
             return self.fetch([(layer_i, chunk)], fresh=fresh)[0]
         try:
-            return files.read(self.key, *self._range(layer_i, chunk), fresh=fresh)
+            return files.read(self.key, *self.range_of(layer_i, chunk), fresh=fresh)
         except FileNotFoundError as error:
             raise self._missing() from error
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import actcache
 from actcache.errors import UsageError
-from actcache.reader import filling, placement, window
+from actcache.reader import fetching, filling, placement, window
 from tests.conftest import as_bits, sorted_rows, write_store
 from tests.reader.test_stream import delayed
 from tests.store.strategies import store_settings
@@ -77,7 +77,7 @@ def test_the_order_is_that_of_one_thread_whatever_delivers_it(chosen, data):
         expected = batches_of(store, **options, threads=1)
         patch.setattr(window, "JOB_BYTES", data.draw(st.sampled_from([1, 300, 1 << 20])))
         patch.setattr(window, "_READ_AHEAD_BYTES", data.draw(st.sampled_from([0, 1000, 16 << 20])))
-        patch.setattr(filling, "FETCHED_BYTES", data.draw(st.sampled_from([1, 500, 64 << 20])))
+        patch.setattr(fetching, "FETCHED_BYTES", data.draw(st.sampled_from([1, 500, 64 << 20])))
         patch.setattr(
             placement, "MOST_WINDOWS", data.draw(st.sampled_from([1, 2, 5]))
         )  # 1: nothing is read ahead

@@ -7,7 +7,7 @@ import pytest
 
 from actcache.errors import DamageError
 from actcache.reader.access import Store
-from actcache.reader.window import Room
+from actcache.reader.fetching import Room
 from tests.conftest import as_bits, write_store
 from tests.remote.proxy import always, first
 
@@ -48,7 +48,7 @@ def test_runs_of_chunks_are_fewer_requests_for_the_same_rows(tmp_path, upload, p
 @pytest.mark.parametrize("io_threads", [1, 5])
 @pytest.mark.parametrize("fetched_bytes", [1, 1000])
 def test_neither_threads_nor_room_change_a_row(truth, upload, monkeypatch, io_threads, fetched_bytes):
-    monkeypatch.setattr("actcache.reader.filling.FETCHED_BYTES", fetched_bytes)
+    monkeypatch.setattr("actcache.reader.fetching.FETCHED_BYTES", fetched_bytes)
     found = all_rows(Store(upload(truth.root)), window_rows=64, io_threads=io_threads, epochs=2)
     expected = all_rows(Store(truth.root), window_rows=64, epochs=2)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
