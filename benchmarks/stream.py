@@ -13,9 +13,13 @@ cache warm (each round begins with the files read from front to back), unless sa
     compiled loop     codec none: the same by one compiled call over chunks, files and slots worked out before; what the
                       processor needs for a checked read of shuffled rows, without order, windows or a consumer
     stream            ours, batches of 8,192 rows (crc32c compared, shuffled, provenance kept)
-    stream cold       ours, with as many threads as it takes by default, after the system was asked to forget the files
     disk              the shard files from front to back, forgotten before, 8 MiB at a time; measured before and after
-                      `stream cold`, and once more before that for nothing: a disk that has rested is faster
+                      `stream around`
+    stream around     ours, with as many threads as it takes by default, forgotten before, read around the page cache: what
+                      a store larger than memory gets
+    stream cold       the same through the page cache: what a smaller one gets, in its first epoch
+    pieces cold       the same chunks in random order through the page cache, by two threads that do nothing else and ask
+                      for them as far ahead as the stream does: what that way can give
     one layer cold    ours, one layer of four, forgotten before; after all rounds, so that no other stream reads meanwhile
     zarr-python       the same chunks in the same random order, one at a time
     zarrs             the same, through its codec pipeline (zarr-python asks, zarrs reads and decodes)
@@ -31,6 +35,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +51,7 @@ import actcache
 from actcache.loops.compiled import compiled
 from actcache.reader.bench import device_read_bytes
 from actcache.reader.scatter import aligned_empty
+from actcache.reader.stream import Stream
 from actcache.store.codec import CRC_BYTES
 from actcache.store.local import LocalFiles, Memory
 from actcache.store.objects import LocalObjects
@@ -87,6 +93,7 @@ class Case:
         self.shares: dict[str, list[float]] = {"asked": [], "from disk": []}
         self.copy = (np.ones(N_BYTES // 8), np.zeros(N_BYTES // 8))
         self.cold = self.store.stream(batch_size=8192, epochs=1)
+        self.around = self.store.stream(batch_size=8192, epochs=1, page_cache=False)
         self.stream = self.store.stream(batch_size=8192, epochs=None, threads=1)
         self.batches = iter(self.stream)
         for _ in range(3 * N_BYTES // (8192 * WIDTH * 2)):  # touch every buffer
@@ -163,9 +170,35 @@ class Case:
 
     def stream_cold(self) -> int:
         """A whole epoch of which nothing is in memory; the other stream has read as far ahead as it will."""
-        self.cold.set_epoch(0)
+        return self.epoch_of(self.cold)
+
+    def stream_around(self) -> int:
+        """The same, around the page cache."""
+        return self.epoch_of(self.around)
+
+    def epoch_of(self, stream: Stream) -> int:
+        """All of it, forgotten before."""
+        stream.set_epoch(0)
         self.forget()
-        return sum(batch.rows.nbytes for batch in self.cold)
+        return sum(batch.rows.nbytes for batch in stream)
+
+    def pieces_cold(self) -> int:
+        """By two threads, each its half."""
+        self.forget()
+        with ThreadPoolExecutor(2) as pool:
+            return sum(pool.map(self.read_pieces, (self.order[::2], self.order[1::2])))
+
+    def read_pieces(self, order: list[tuple[int, int, int]]) -> int:
+        """Ask for what is 48 chunks further, and read."""
+        ranges = [(self.files[s].fd, *self.capture.reader(s).range_of(layer, c)) for s, layer, c in order]
+        buffer = memoryview(bytearray(1 << 20))
+        for one in ranges[:48]:
+            os.posix_fadvise(*one, os.POSIX_FADV_WILLNEED)
+        for i, (fd, start, n_bytes) in enumerate(ranges):
+            if i + 48 < len(ranges):
+                os.posix_fadvise(*ranges[i + 48], os.POSIX_FADV_WILLNEED)
+            os.preadv(fd, [buffer[:n_bytes]], start)
+        return len(order) * ROWS * WIDTH * 2
 
     def disk(self, *, is_cold: bool = True) -> int:
         if is_cold:
@@ -235,9 +268,10 @@ class Case:
         return total
 
 
-BEGUN = {"memcpy", "ceiling", "ceiling+scatter", "stream", "raw file", "memmap", "compiled loop", "disk"}
-"""Run once for nothing before each time they are measured: what another method has written last is still in the caches, and
-to be brought to memory by whoever comes next. A disk that has rested is faster for a moment."""
+NOT_BEGUN = {"zarr-python", "zarrs", "tensorstore"}
+"""All others are run once for nothing before each time they are measured: what another method has written last is still in
+the caches, and to be brought to memory by whoever comes next; a disk that has rested is faster for a moment; and pages that
+were forgotten in another order are slower to get again."""
 
 
 def timed(method: Callable[[], int]) -> tuple[float, float]:
@@ -260,12 +294,15 @@ def measure(case: Case, codec: str, rounds: int) -> dict[str, Any]:
         "tensorstore": case.tensorstore_chunks,
         "raw file": case.raw_file,
         "memmap": case.memmap,
+        "compiled loop": case.compiled_loop,
         "disk": case.disk,
-        "stream cold": case.stream_cold,
+        "stream around": case.stream_around,
         "disk after": case.disk,
+        "stream cold": case.stream_cold,
+        "pieces cold": case.pieces_cold,
     }
-    if codec == "none" and case.direct is not None:
-        methods["compiled loop"] = case.compiled_loop
+    if codec != "none" or case.direct is None:
+        del methods["compiled loop"]
     if codec == "uint8":  # others read codes
         methods = {n: m for n, m in methods.items() if n not in ("zarr-python", "zarrs", "tensorstore")}
         methods = {n: m for n, m in methods.items() if not n.startswith("ceiling")}
@@ -275,11 +312,12 @@ def measure(case: Case, codec: str, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         case.disk()
         for name, method in methods.items():
-            if name in BEGUN:
+            if name not in NOT_BEGUN:
                 method()
             found[name].append(timed(method))
     case.stream.close()
     case.cold.close()
+    case.around.close()
     found["one layer cold"] = [timed(case.one_layer_cold) for _ in range(rounds)]
     median = {
         n: tuple(statistics.median(v[i] for v in values) for i in (0, 1)) for n, values in found.items()
@@ -291,15 +329,17 @@ def measure(case: Case, codec: str, rounds: int) -> dict[str, Any]:
             return None
         return statistics.median(a[1] / b[1] for a, b in zip(found["stream"], found[over], strict=True))
 
-    disks = zip(found["stream cold"], found["disk"], found["disk after"], strict=True)
-    of_disk = [2 * cold[0] / (before[0] + after[0]) for cold, before, after in disks]
+    def of_disk(name: str) -> float:
+        rounds = zip(found[name], found["disk"], found["disk after"], strict=True)
+        return statistics.median(2 * one[0] / (before[0] + after[0]) for one, before, after in rounds)
+
     return {
         "load_average": os.getloadavg(),
         "gb_per_s": {name: {"wall": wall, "cpu": cpu} for name, (wall, cpu) in median.items()},
         "cpu_s_per_gb": {name: 1 / cpu for name, (_wall, cpu) in median.items()},
         "rows_per_s": {name: wall * 1e9 / (WIDTH * 2) for name, (wall, _cpu) in median.items()},
         "stream_over": {name: cpu_ratio(name) for name in found if name != "stream"},
-        "cold_stream_of_disk_wall": statistics.median(of_disk),
+        "of_disk_wall": {name: of_disk(name) for name in ("stream around", "stream cold", "pieces cold")},
         "one_layer_of_bytes": {n: statistics.median(v) for n, v in case.shares.items() if v},
         "raw": found,
     }

@@ -2,7 +2,6 @@
 
 import os
 import threading
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
@@ -14,7 +13,7 @@ from actcache.loops.compiled import Told
 from actcache.reader.buffers import Shape, Window
 from actcache.reader.counters import Counters
 from actcache.reader.device import Chunk
-from actcache.reader.fetching import AROUND_THREADS, AroundCache, Fetching, Requests, machine_bytes
+from actcache.reader.fetching import AROUND_THREADS, AroundCache, Fetching, Requests, machine_bytes, shut
 from actcache.reader.filters import RowFilter
 from actcache.reader.follow import Follower
 from actcache.reader.layout import Lane, Layout, Places, lay_out
@@ -346,21 +345,14 @@ class Filling:
             self._follower.close()
         if self._source is not None:
             self._source.close()
-        if self._fetching is not None:  # not waited for: a request may take until its deadline
-            self._fetching.pool.shutdown(wait=False, cancel_futures=True)
+        if self._fetching is not None:
+            self._fetching.close(_CLOSE_S)
             self._fetching = None
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            _join(self._pool._threads, _CLOSE_S)
+            shut(self._pool, _CLOSE_S)
             self._pool = None
         if self._files is not None:
             self._files.close()
-
-
-def _join(threads: Iterable[threading.Thread], seconds: float) -> None:
-    deadline = perf_counter() + seconds
-    for thread in list(threads):
-        thread.join(max(0.0, deadline - perf_counter()))
 
 
 def _lanes(captures: list[CaptureCatalog], selection: Selection) -> list[list[Lane]]:

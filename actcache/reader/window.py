@@ -170,6 +170,7 @@ class Fill:
         n_bytes = fetching.room_for(job)
         if not fetching.room.take(n_bytes, lambda: self.error is not None):
             return
+        fetched = None
         try:
             started = perf_counter()
             self.reading[threading.get_ident()] = job[0].reader.key
@@ -178,6 +179,8 @@ class Fill:
             self._counters.add(read_s=perf_counter() - started, n_requests=int(fetching.is_remote))
             self._pool.submit(self._work_on_fetched, job, fetched, fetching, n_bytes)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
+            if fetched is not None:
+                fetching.let_go(fetched)
             fetching.room.give(n_bytes)
             self._fail(error)
 

@@ -154,9 +154,10 @@ class LocalFiles:
         The system tells the owner of a file, or who may write to it; others it tells that everything is.
         """
         try:
-            begin, end = self.file(key).mapped()
+            file = self.file(key)
         except FileNotFoundError:
             return True
+        begin, end = file.mapped()
         if not CAN_ASK or begin + at >= end:
             return True
         page, found = (begin + at) & -mmap.PAGESIZE, ctypes.c_ubyte()

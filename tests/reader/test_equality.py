@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import actcache
 from actcache.errors import UsageError
-from actcache.reader import fetching, filling, placement, window
+from actcache.reader import fetching, placement, window
+from actcache.store.local import LocalFiles
 from tests.conftest import as_bits, sorted_rows, write_store
 from tests.reader.test_stream import delayed
 from tests.store.strategies import store_settings
@@ -91,6 +92,11 @@ def test_the_order_is_that_of_one_thread_whatever_delivers_it(chosen, data):
         elif data.draw(st.booleans()):  # the same rows, compressed differently
             other = data.draw(st.sampled_from(["zstd", "lz4", "none", "uint8"]))
             store = actcache.open(write_store(Path(folder) / "other.zarr", **chosen | {"codec": other}).root)
+        if data.draw(st.booleans()):  # matters to a local store only
+            delivery |= {"page_cache": False}
+            patch.setattr(LocalFiles, "is_cached", lambda *_args: False)
+            patch.setattr(fetching, "_LARGE_PAGE", data.draw(st.sampled_from([4096, 2 << 20])))
+            patch.setattr(fetching, "AROUND_BYTES", data.draw(st.sampled_from([1, 24 << 20])))
         world_size = data.draw(st.sampled_from([1, 2, 4, 8]))
         with delayed(threads) if data.draw(st.booleans()) else pytest.MonkeyPatch.context():
             ranks = [

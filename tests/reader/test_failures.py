@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import torch
 
 import actcache
 from actcache.errors import ActcacheError, DamageError, UnreachableError
-from actcache.reader import filling, window
+from actcache.reader import fetching, filling, window
 from actcache.reader.window import Fill
+from actcache.store.local import LocalFiles
 from actcache.store.shard import ShardReader
 from tests.conftest import check_rows, write_store
 from tests.reader.test_stream import SMALL, stream_threads, wait_until
@@ -203,9 +205,12 @@ def test_an_error_while_laying_out_surfaces_as_itself(truth, monkeypatch):
     assert raised is error
 
 
+@pytest.mark.parametrize("page_cache", [True, False])
 @pytest.mark.parametrize("leave", ["close", "break", "forget"])
-def test_leaving_early_leaves_no_thread_handle_or_memory(tmp_path, leave):
+def test_leaving_early_leaves_no_thread_handle_or_memory(tmp_path, monkeypatch, leave, page_cache):
     """However one leaves: closing, breaking out of the loop, or just dropping the stream."""
+    monkeypatch.setattr(LocalFiles, "is_cached", lambda *_args: False)
+    monkeypatch.setattr(fetching, "_make_slabs", made := recorded(fetching._make_slabs))
     truth = write_store(
         tmp_path / "s.zarr", n_sequences=64, seq_len=32, width=64, rows_per_chunk=64, codec="none"
     )
@@ -214,7 +219,9 @@ def test_leaving_early_leaves_no_thread_handle_or_memory(tmp_path, leave):
 
     def use(n):
         kept.clear()
-        stream = actcache.open(truth.root).stream(batch_size=32, window_rows=512, epochs=None, threads=4)
+        stream = actcache.open(truth.root).stream(
+            batch_size=32, window_rows=512, epochs=None, threads=4, page_cache=page_cache
+        )
         for i, batch in enumerate(stream):
             assert len(batch) == 32
             if i == n:
@@ -243,7 +250,21 @@ def test_leaving_early_leaves_no_thread_handle_or_memory(tmp_path, leave):
     finally:
         tracemalloc.stop()
     assert sorted(Path("/proc/self/fd").iterdir()) == handles
+    assert len(made.memory) == (0 if page_cache else 5)
+    assert not any(memory() for memory in made.memory)
     assert after - before < 64 * 512 * 2  # not one window of three streams
+
+
+class recorded:
+    """What makes slabs; `memory` they are in, as long as somebody refers to it."""
+
+    def __init__(self, make):
+        self.make, self.memory = make, []
+
+    def __call__(self, *args):
+        slabs = self.make(*args)
+        self.memory.append(weakref.ref(slabs[0].obj))
+        return slabs
 
 
 def test_closing_wakes_a_consumer_that_waits(truth):
@@ -323,6 +344,7 @@ import actcache
 from actcache.errors import UsageError
 from actcache.reader.filling import Filling
 from actcache.reader.window import Fill
+from actcache.store.local import LocalFiles
 from actcache.store.shard import ShardReader
 
 gate, reading, read, start = threading.Event(), threading.Event(), ShardReader.load, Filling._begin

@@ -389,7 +389,7 @@ def test_converted_batches_do_not_hold_the_window(truth):
 
 
 def stream_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("actcache-stream")]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("actcache-stream", "actcache-fetch"))]
 
 
 def test_leaving_early_leaves_nothing(truth):
