@@ -2738,6 +2738,7 @@ def serve(
         )
     }
     _log_to_console()
+    _open_many_files()
     server = Server(
         location,
         Access(token=token, **pems),
@@ -2779,6 +2780,21 @@ def _read_token(path: Path | None) -> str | None:
         return found.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option} {found}: {getattr(error, 'strerror', 'it is no text')}") from error
+
+
+_MOST_OPEN_FILES = 1 << 16
+
+
+def _open_many_files() -> None:
+    """As many as the system lets this process have: a service keeps those of many orders open."""
+    try:
+        import resource
+    except ImportError:  # not this system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _log_to_console() -> None:

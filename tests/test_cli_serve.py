@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def test_serve_refuses(call, folder, options, match, monkeypatch):
 
 
 def test_serve_until_it_is_told_to_stop(folder):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     command = [sys.executable, "cli.py", "serve", folder, "--port", "0", "--metrics-port", "0"]
     process = subprocess.Popen(
         command,
@@ -120,9 +122,11 @@ def test_serve_until_it_is_told_to_stop(folder):
         text=True,
         cwd=Path(cli.__file__).parent,
         env={**os.environ, "ACTCACHE_TOKEN": TOKEN},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard)),
     )
     assert process.stdout is not None
     urls = [process.stdout.readline().strip() for _ in range(2)]
+    assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[0] >= min(hard, 1 << 16)
     with actcache.open(urls[1], {"token": TOKEN}).stream(batch_size=8, window_rows=64) as stream:
         n_rows = sum(len(batch) for batch in stream)
     process.send_signal(signal.SIGTERM)

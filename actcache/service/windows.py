@@ -43,7 +43,8 @@ from actcache.store.schema import digest_of
 
 _POLL_S = 0.02
 _MOST_ORDERS = 12
-"""Each keeps up to 64 files open: together they stay below the 1,024 that a process usually may have."""
+"""That nobody reads, kept for whoever comes back. Each has some 150 files open at most, more together than the 1,024 that a
+process may have by default: `actcache serve` asks for more."""
 _LAYOUT_BYTES_PER_ROW = 34
 """What is kept of a window beside its rows: layer, row, own_before, partition, and the work list."""
 
