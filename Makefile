@@ -8,6 +8,8 @@ SHELL       := /bin/bash
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+# Processes that run tests side by side.
+TESTERS ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 
@@ -32,7 +34,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal
 
 # Other projects' trainers, at pinned versions, beside the environment and never in it.
 INTEROP := $(abspath $(VENV))/interop

@@ -296,8 +296,8 @@ class Store:
             io_threads: that wait for object storage, one request each; None: 16. Of local disks, those that wait for what is
                 read around the page cache; None: 8.
             page_cache: whether files of a local store are read through the system's page cache, which makes later epochs as
-                fast as memory where they fit. None: unless rows take more than half of this machine's memory; those are
-                read around it, at a fifth of the processor time, where not most of them happen to be in it.
+                fast as memory where they fit. None: unless they are on a disk and take more than half of this machine's memory; those are
+                read around it, faster and with less of a processor, where not most of them happen to be in it.
             device: where batches go.
             device_memory: bound in bytes on windows in the memory of a GPU, where rows are then shuffled. None: a tenth of
                 the GPU, if two windows fit into that. 0: windows stay in this machine's memory.

@@ -21,9 +21,8 @@ from actcache.store.local import LocalFiles
 
 FETCHED_BYTES = 64 << 20
 """What may have come from object storage and not be decoded yet."""
-AROUND_BYTES = 24 << 20
-"""The same of what was read around the page cache."""
-AROUND_THREADS = 8
+AROUND_THREADS, AROUND_BYTES = 8, 3 << 20
+"""That read around the page cache, and what may be read and not be decoded yet for each of them."""
 _PATIENCE_S = 5.0
 _LARGE_PAGE, _SECTOR = 2 << 20, 4096
 _FEWEST_SLABS = 2
@@ -149,7 +148,7 @@ class AroundCache:
     def __init__(self, files: LocalFiles, chunk_bytes: int, n_threads: int) -> None:
         self._cached, self._is_able = files, None
         self._files = LocalFiles(files.root, 2 * n_threads, is_direct=True)
-        self._slab_bytes, self._n_slabs = slabs_for(chunk_bytes)
+        self._slab_bytes, self._n_slabs = slabs_for(chunk_bytes, n_threads)
         self._slabs: deque[memoryview] | None = None
         self._lock = threading.Lock()
         self.pool, self.room = _pool(n_threads), Room(self._slab_bytes * self._n_slabs)
@@ -258,10 +257,10 @@ def _sectors(start: int, n_bytes: int) -> tuple[int, int]:
     return start - start % _SECTOR, -(-(start + n_bytes) // _SECTOR) * _SECTOR
 
 
-def slabs_for(chunk_bytes: int) -> tuple[int, int]:
+def slabs_for(chunk_bytes: int, n_threads: int) -> tuple[int, int]:
     """Bytes of a slab, for one chunk at least, and how many there are."""
     n_bytes = -(-(chunk_bytes + chunk_bytes // 16 + 2 * _SECTOR) // _LARGE_PAGE) * _LARGE_PAGE
-    return n_bytes, max(_FEWEST_SLABS, AROUND_BYTES // n_bytes)
+    return n_bytes, max(_FEWEST_SLABS, n_threads * AROUND_BYTES // n_bytes)
 
 
 def _make_slabs(n_bytes: int, n: int) -> list[memoryview]:
@@ -272,6 +271,11 @@ def _make_slabs(n_bytes: int, n: int) -> list[memoryview]:
     skip = -addressof(c_char.from_buffer(memory)) % _LARGE_PAGE
     whole = memoryview(memory)
     return [whole[at : at + n_bytes] for at in range(skip, skip + n * n_bytes, n_bytes)]
+
+
+def is_on_a_disk(root: Path) -> bool:
+    """Whether files are on a block device. A network file system is on none, and answers better when asked far ahead."""
+    return os.major(root.stat().st_dev) != 0
 
 
 def machine_bytes() -> int:

@@ -13,7 +13,15 @@ from actcache.loops.compiled import Told
 from actcache.reader.buffers import Shape, Window
 from actcache.reader.counters import Counters
 from actcache.reader.device import Chunk
-from actcache.reader.fetching import AROUND_THREADS, AroundCache, Fetching, Requests, machine_bytes, shut
+from actcache.reader.fetching import (
+    AROUND_THREADS,
+    AroundCache,
+    Fetching,
+    Requests,
+    is_on_a_disk,
+    machine_bytes,
+    shut,
+)
 from actcache.reader.filters import RowFilter
 from actcache.reader.follow import Follower
 from actcache.reader.layout import Lane, Layout, Places, lay_out
@@ -103,12 +111,15 @@ class Filling:
             return Requests(n_threads or in_flight)
         if self._files is None or self._delivery.page_cache or not hasattr(os, "O_DIRECT"):
             return None
-        row_bytes = sum(c.capture.width * disk_dtype(c.capture.dtype).itemsize for c in self._captures)
-        n_layers = len(self._selection.layers)
-        n_bytes = int(self.chunks.n_rows.sum()) * n_layers * row_bytes
-        if self._delivery.page_cache is None and n_bytes <= _CACHED_SHARE * machine_bytes():
+        if self._delivery.page_cache is None and not (self._is_large() and is_on_a_disk(self._files.root)):
             return None
         return AroundCache(self._files, self._chunk_bytes, n_threads or AROUND_THREADS)
+
+    def _is_large(self) -> bool:
+        """Whether the page cache could not keep the rows until they are read again."""
+        row_bytes = sum(c.capture.width * disk_dtype(c.capture.dtype).itemsize for c in self._captures)
+        n_rows = int(self.chunks.n_rows.sum()) * len(self._selection.layers)
+        return n_rows * row_bytes > _CACHED_SHARE * machine_bytes()
 
     def _make_filter(self, provenance: Provenance, kept: NDArray[np.int64]) -> RowFilter | None:
         rules = self._selection.rules

@@ -96,7 +96,7 @@ class Delivery:
     epochs        how many; None goes on for ever.
     threads       that decode, and read local disks.  memory_bytes  bound on window buffers; None for three windows.
     io_threads    that wait for object storage, or for disks read around the page cache; None: as many as suit it.
-    page_cache    whether local files are read through it; None: unless they are far larger than it can be.
+    page_cache    whether local files are read through it; None: unless they are on a disk and larger than it can be.
     dtype         of the batches; None: as stored.  device     of the batches.
     device_memory_bytes  bound on windows on a GPU; None: a tenth of it, if two fit; 0: windows live in host memory.
     rank, world_size  this reader's share: partitions p with p % world_size == rank.

@@ -3,6 +3,7 @@
 import errno
 import os
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import actcache
 from actcache.errors import DamageError, MemoryBoundError
 from actcache.reader import fetching, filling
-from actcache.reader.fetching import AroundCache, machine_bytes, slabs_for
+from actcache.reader.fetching import AroundCache, is_on_a_disk, machine_bytes, slabs_for
 from actcache.store.local import LocalFiles
 from actcache.store.shard import ShardReader
 from tests.conftest import as_bits, check_rows, write_store
@@ -83,7 +84,7 @@ def test_few_slabs_serve_many_jobs(truth, never_cached, fetched, monkeypatch):
         for batch in stream:
             check_rows(truth, batch)
     assert one_by_one.n_calls == 1
-    assert slabs_for(1024)[1] == 2
+    assert slabs_for(1024, 4)[1] == 2
     assert len(fetched) > 20
 
 
@@ -225,8 +226,11 @@ def test_when_it_is_done(truth, never_cached, fetched, monkeypatch, page_cache, 
     with store.stream(**SMALL) as stream:
         n_bytes = stream.n_rows * 64 * 2
     monkeypatch.setattr(filling, "machine_bytes", lambda: 2 * n_bytes - (1 if is_large else 0))
-    rows_of(store, **SMALL | {"page_cache": page_cache})
-    assert bool(fetched) == is_around
+    for is_disk in (True, False):
+        monkeypatch.setattr(filling, "is_on_a_disk", lambda _root, found=is_disk: found)
+        fetched.clear()
+        rows_of(store, **SMALL | {"page_cache": page_cache})
+        assert bool(fetched) == (is_around and (is_disk or page_cache is False))
 
 
 def test_its_memory_is_in_the_bound(truth):
@@ -237,16 +241,24 @@ def test_its_memory_is_in_the_bound(truth):
         least[page_cache] = int(
             str(raised.value).split("two windows take ")[1].split(" ")[0].replace(",", "")
         )
-    assert least[False] - least[True] == np.prod(slabs_for(1024)) == fetching.AROUND_BYTES
+    assert least[False] - least[True] == np.prod(slabs_for(1024, 8)) == 24 << 20
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 256 << 10, (2 << 20) - 1, 2 << 20, 5 << 20, 100 << 20])
 def test_a_slab_has_room_for_a_chunk_that_did_not_compress(chunk_bytes):
-    n_bytes, n = slabs_for(chunk_bytes)
+    n_bytes, n = slabs_for(chunk_bytes, 8)
     assert n_bytes >= chunk_bytes + chunk_bytes // 20 + 2 * 4096 - 2
     assert n_bytes % (2 << 20) == 0
     assert n >= 2
-    assert n_bytes * n <= max(fetching.AROUND_BYTES, 2 * n_bytes)
+    assert n_bytes * n <= max(24 << 20, 2 * n_bytes)
+    if chunk_bytes <= 1 << 20:
+        assert slabs_for(chunk_bytes, 64)[1] == 96  # who asks for many threads wants them all to read
+
+
+def test_a_disk_is_a_block_device():
+    for st_dev, expected in ((os.makedev(254, 0), True), (os.makedev(0, 61), False)):
+        root = SimpleNamespace(stat=lambda found=st_dev: SimpleNamespace(st_dev=found))
+        assert is_on_a_disk(root) == expected
 
 
 def test_memory_of_a_container_is_what_it_may_use(monkeypatch):

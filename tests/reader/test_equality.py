@@ -96,7 +96,7 @@ def test_the_order_is_that_of_one_thread_whatever_delivers_it(chosen, data):
             delivery |= {"page_cache": False}
             patch.setattr(LocalFiles, "is_cached", lambda *_args: False)
             patch.setattr(fetching, "_LARGE_PAGE", data.draw(st.sampled_from([4096, 2 << 20])))
-            patch.setattr(fetching, "AROUND_BYTES", data.draw(st.sampled_from([1, 24 << 20])))
+            patch.setattr(fetching, "AROUND_BYTES", data.draw(st.sampled_from([1, 3 << 20])))
         world_size = data.draw(st.sampled_from([1, 2, 4, 8]))
         with delayed(threads) if data.draw(st.booleans()) else pytest.MonkeyPatch.context():
             ranks = [
