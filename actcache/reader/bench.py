@@ -109,6 +109,8 @@ def _bottleneck(median: dict[str, float], ratio: float, share: dict[str, float])
     if "request_bytes" in median and median["busy"] < _MOSTLY:
         kib = median["request_bytes"] / 1024
         return f"object storage: {kib:,.0f} KiB a request; run_chunks= makes fewer and larger ones, io_threads= more at once"
+    if median.get("around") and median["busy"] < _MOSTLY:
+        return "disk: it is read around the page cache, as fast as it answers; io_threads= more at once, or a codec with a higher ratio"
     if "disk" in median and median["disk"] * ratio < median["stream"]:
         return "disk: rows not in memory arrive more slowly than they are streamed; a codec with a higher ratio helps"
     if median["busy"] < _MOSTLY and "request_bytes" not in median:
@@ -189,7 +191,7 @@ def _consume(stream: Stream, seconds: float) -> dict[str, float | None]:
     wall, cpu, disk = time.perf_counter() - started, time.process_time() - cpu, device_read_bytes()
     spent = {name: value - before[name] for name, value in stream.counters.as_json().items()}
     is_remote = spent["n_requests"] > 0
-    stages = {name: 0.0 if is_remote and name == "read" else spent[f"{name}_s"] for name in _STAGES}
+    stages = {name: spent[f"{name}_s"] for name in _STAGES}
     total = max(1e-9, sum(stages.values()))
     from_disk = None
     if disk is not None and disk_before is not None and not is_remote and spent["read_bytes"]:
@@ -200,5 +202,6 @@ def _consume(stream: Stream, seconds: float) -> dict[str, float | None]:
         "busy": min(1.0, total / (wall * stream.delivery.threads)),
         "from_disk": from_disk,
         "request_bytes": spent["read_bytes"] / spent["n_requests"] if is_remote else None,
+        "around": spent["fetch_s"] if not is_remote else None,
         **{f"share_{name}": value / total for name, value in stages.items()},
     }

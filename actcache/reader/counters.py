@@ -9,9 +9,11 @@ class Counters:
     """Sums since the stream was opened.
 
     layout_s     deciding what goes where, on the stream's threads.
-    read_s       waiting for bytes: of a local disk, on the stream's threads; of object storage, on those that fetch.
+    read_s       waiting for bytes of a local disk, or of the page cache, on the stream's threads.
+    fetch_s      waiting for bytes of object storage, or of a disk that is read around the page cache, on threads that do nothing else.
     decode_s     comparing with the ledger and decompressing, on the stream's threads.
-    scatter_s    copying rows to their shuffled place (or, towards a GPU, into its queue), on the stream's threads.
+    scatter_s    copying rows to their shuffled place (or, towards a GPU, into its queue), on the stream's threads; of
+                 chunks that are stored as they are and lie in memory, comparing too, which is done on the way.
     copy_s       converting batches to the dtype asked for, or starting their copy to a device, on the consumer's.
     waited_s     the consumer waiting for a window.
     consumer_s   the consumer doing something else between batches.
@@ -21,6 +23,7 @@ class Counters:
 
     layout_s: float = 0.0
     read_s: float = 0.0
+    fetch_s: float = 0.0
     decode_s: float = 0.0
     scatter_s: float = 0.0
     copy_s: float = 0.0

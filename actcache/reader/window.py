@@ -176,7 +176,7 @@ class Fill:
             self.reading[threading.get_ident()] = job[0].reader.key
             fetched = fetching.fetch(job)
             del self.reading[threading.get_ident()]
-            self._counters.add(read_s=perf_counter() - started, n_requests=int(fetching.is_remote))
+            self._counters.add(fetch_s=perf_counter() - started, n_requests=int(fetching.is_remote))
             self._pool.submit(self._work_on_fetched, job, fetched, fetching, n_bytes)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
             if fetched is not None:
@@ -324,10 +324,10 @@ class _Decoding:
         body = None if self._bodies is None else self._bodies[number]
         if body is None:
             body = source.reader.load(*source.at, files=self._fill.files)
-        loaded = perf_counter()
+            begun, started = perf_counter(), begun
+            self.read_s += begun - started
         found = decode(source, body)
-        self.read_s += loaded - begun
-        self.decode_s += perf_counter() - loaded
+        self.decode_s += perf_counter() - begun
         self._read_bytes += source.reader.n_bytes(*source.at)
         self._row_bytes += len(source.slots) * source.reader.row_bytes
         return found
