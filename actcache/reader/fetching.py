@@ -165,8 +165,6 @@ class AroundCache:
         try:
             file = self._files.file(source.reader.key)
             return os.preadv(file.fd, [mmap.mmap(-1, _SECTOR)], 0) > 0
-        except FileNotFoundError:
-            return False
         except OSError:  # not every file system can
             return False
 
