@@ -53,7 +53,7 @@ gpu: $(READY)
 
 soak: $(READY)
 	$(BIN)/pytest --hypothesis-profile new
-	$(BIN)/pytest -m soak --timeout 7200 --durations=0 -v --no-header | tee benchmarks/results/soak.txt
+	$(BIN)/pytest -m soak --timeout 7200 --override-ini faulthandler_timeout=3600 --durations=0 -v --no-header | tee benchmarks/results/soak.txt
 
 bench: $(VENV)/.interop
 	$(BIN)/python benchmarks/stream.py --work build/bench --out benchmarks/results/stream.json
