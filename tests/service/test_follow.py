@@ -51,6 +51,7 @@ from tests.conftest import (
     write_corpus,
     write_store,
 )
+from tests.reader.test_stream import wait_until
 from tests.service.conftest import N_HOLDOUT, N_SHARDS, Time, catalog_of, rows_in, same, say
 from tests.store.strategies import store_settings
 
@@ -226,6 +227,7 @@ def test_starving_asks_once_for_a_checkpoint(planned):
     asked = []
     with Disk(planned.root) as disk, Presence(disk, N_SHARDS, dict) as presence:
         presence.blocked("no room for shard 4", ("b", "a"))
+        wait_until(lambda: [s.phase for s in read_producers(LocalObjects(planned.root))] == ["blocked"])
         beats = itertools.count()
 
         def live() -> None:

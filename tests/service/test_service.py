@@ -43,6 +43,7 @@ from actcache.service.access import Access
 from actcache.service.client import open_catalog
 from actcache.service.metrics import serve_http
 from actcache.service.server import Server
+from actcache.service.windows import WindowCache
 from actcache.store.live import read_consumers
 from actcache.store.objects import LocalObjects
 from actcache.store.verify import find_problems
@@ -710,13 +711,20 @@ def test_clients_of_one_order_have_each_window_decoded_once(truth, serve, monkey
     assert n_windows > 4
     found: dict[int, list] = {}
     streams = [actcache.open(url_of(server), options).stream(**SMALL) for _ in range(4)]
-    together = threading.Barrier(4)
+    wait, are_there = WindowCache._wait, threading.Event()
+
+    def wait_for_all(cache, entry, is_over, until):
+        """Nobody gets the first window before all have asked for it: of others the service cannot know."""
+        if cache is server.cache and not are_there.is_set():
+            assert eventually(lambda: are_there.is_set() or len(cache._followers._known) == 4, 30)
+            are_there.set()
+        return wait(cache, entry, is_over, until)
+
+    monkeypatch.setattr(WindowCache, "_wait", wait_for_all)
 
     def train(i: int) -> None:
         with streams[i] as stream:
             for batch in stream:
-                if i not in found:
-                    together.wait(30)  # all in the first window
                 found.setdefault(i, []).extend(rows_in([batch]))
                 time.sleep(i * 0.002)
 
